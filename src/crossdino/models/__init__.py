@@ -1,0 +1,1 @@
+"""The networks: the detector of Fig. 4 and its parts."""
