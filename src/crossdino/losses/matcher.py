@@ -37,9 +37,10 @@ class Match:
 def matching_cost(output: LayerOutput, target: Target, loss: LossConfig, image: int) -> Tensor:
     """Cost of giving each object of one image to each prediction: (Q, n) float32."""
     logits = output.pred_logits[image].float()
-    # alpha (1-p)^2 (-log p) - (1-alpha) p^2 (-log(1-p)), DINO's class cost; gamma stays 2 whatever the loss uses.
+    # DINO's class cost, alpha (1-p)^gamma (-log p) - (1-alpha) p^gamma (-log(1-p)). Its alpha 0.25 and gamma 2 stay
+    # whatever the classification loss uses.
     p = logits.sigmoid()
-    class_cost = loss.alpha * (1 - p) ** 2 * F.softplus(-logits) - (1 - loss.alpha) * p**2 * F.softplus(logits)
+    class_cost = 0.25 * (1 - p) ** 2 * F.softplus(-logits) - 0.75 * p**2 * F.softplus(logits)
     boxes = output.pred_boxes[image].float()
     l1_cost = torch.cdist(boxes, target.boxes_cxcywh, p=1)
     giou_cost = -generalized_iou(boxes[:, None], target.boxes_cxcywh[None])
@@ -55,7 +56,7 @@ def match_layers(layers: list[LayerOutput], targets: list[Target], loss: LossCon
     Args:
         layers: outputs of shapes (N, Q, K) and (N, Q, 4).
         targets: N targets.
-        loss: the matching costs and alpha.
+        loss: the matching costs.
 
     Returns:
         A Match a layer, on the device of the outputs.

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from crossdino.config import Fusion
 from crossdino.errors import InputError
 
-# Where gates begin that shall let the encoder's output through: sigmoid(6) = 0.9975. Much more would leave them without
+# Where gates begin that shall let the encoder's output through: sigmoid(8) = 0.9997. Much more would leave them without
 # a gradient, much less would let too much of the backbone features in.
-_SATURATION = 6.0
+_SATURATION = 8.0
 
 
 class GlobalResponseNorm(nn.Module):
@@ -94,7 +94,7 @@ class CrossCodingTwice(nn.Module):
 
         Eq. 3 weighs with `2 E g + B (1 - g)`, g in (0, 1), so the encoder's output can only come through doubled; who
         wants the same detections must halve the layers that read E_cf. Only biases are set, to `_SATURATION`: g begins
-        at about 0.994 and every parameter has a gradient from the first step.
+        at about 0.999 and every parameter has a gradient from the first step.
         """
         if self.twice:
             nn.init.constant_(self.reweight_encoder.linear2.bias, _SATURATION)
@@ -145,7 +145,8 @@ class MLPFusion(nn.Module):
         Raises:
             InputError: if the hidden width is less than twice the token width.
         """
-        first, last = self.mlp_encoder[0], self.mlp_encoder[2]
+        first, last, last_backbone = self.mlp_encoder[0], self.mlp_encoder[2], self.mlp_backbone[2]
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear) and isinstance(last_backbone, nn.Linear)
         dim, hidden_dim = last.weight.shape
         if hidden_dim < 2 * dim:
             raise InputError(
@@ -155,7 +156,7 @@ class MLPFusion(nn.Module):
         first.weight[: 2 * dim] = both
         nn.init.zeros_(last.weight)
         last.weight[:, : 2 * dim] = both.T
-        for part in (first.bias, last.bias, self.mlp_backbone[2].weight, self.mlp_backbone[2].bias):
+        for part in (first.bias, last.bias, last_backbone.weight, last_backbone.bias):
             nn.init.zeros_(part)
 
     def forward(self, backbone_tokens: Tensor, encoder_tokens: Tensor, padding_mask: Tensor | None = None) -> Tensor:

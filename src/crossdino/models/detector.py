@@ -361,6 +361,13 @@ class CrossDINO(nn.Module):
 
         return load_model(source, device=device)
 
+    @classmethod
+    def from_dino(cls, path: str | Path, **options: Any) -> CrossDINO:
+        """Read an official DINO checkpoint; see `crossdino.official_weights.load_dino` for the options."""
+        from crossdino.official_weights import load_dino
+
+        return load_dino(path, **options)[0]
+
 
 def _feature_levels(
     tokens: Tensor, shapes: list[tuple[int, int]], masks: list[Tensor], valid_sizes: Tensor, valid_counts: list[int]
