@@ -19,3 +19,16 @@ COCO_CLASSES: dict[int, str] = {
 
 # The official DINO heads: slot i is category id i; 11 slots never occur.
 COCO_91_SLOTS: tuple[str, ...] = tuple(COCO_CLASSES.get(i, f"unused {i}") for i in range(91))
+
+# VisDrone2019-DET: categories 1..10 of the raw annotations, in this order.
+VISDRONE_CLASSES: tuple[str, ...] = (
+    "pedestrian", "people", "bicycle", "car", "van", "truck", "tricycle", "awning-tricycle", "bus", "motor",
+)  # fmt: skip
+
+# AI-TOD's size bands, which RFLA and SR-TOD also use for VisDrone: bounds of sqrt(area) in pixels, both inclusive.
+AITOD_SIZE_BANDS: dict[str, tuple[float, float]] = {
+    "very tiny": (0.0, 8.0),
+    "tiny": (8.0, 16.0),
+    "small": (16.0, 32.0),
+    "medium": (32.0, 1e5),
+}
