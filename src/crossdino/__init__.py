@@ -1,0 +1,51 @@
+"""Cross-DINO: an open detector for small objects.
+
+The public names are looked up when they are first used, so that importing the package is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from crossdino.config import Config, with_changes
+    from crossdino.errors import InputError
+    from crossdino.evaluation.average_precision import evaluate_detections
+    from crossdino.models.backbones import StripMLPBackbone, StripMLPClassifier
+    from crossdino.models.detector import CrossDINO
+    from crossdino.predictor import Predictor
+    from crossdino.recipes import recipe
+    from crossdino.training import train
+
+_ROOMS = {
+    "Config": "config",
+    "CrossDINO": "models.detector",
+    "InputError": "errors",
+    "Predictor": "predictor",
+    "StripMLPBackbone": "models.backbones",
+    "StripMLPClassifier": "models.backbones",
+    "evaluate_detections": "evaluation.average_precision",
+    "recipe": "recipes",
+    "train": "training",
+    "with_changes": "config",
+}
+
+__all__ = [
+    "Config",
+    "CrossDINO",
+    "InputError",
+    "Predictor",
+    "StripMLPBackbone",
+    "StripMLPClassifier",
+    "evaluate_detections",
+    "recipe",
+    "train",
+    "with_changes",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'crossdino' has no attribute '{name}'")
+    return getattr(import_module(f"crossdino.{_ROOMS[name]}"), name)

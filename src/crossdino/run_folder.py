@@ -1,0 +1,166 @@
+"""A training's output folder and the state that is saved in it.
+
+It holds `config.yaml` (resolved), `log.jsonl`, `curves_*.png`, `best/` (the model folder of the best AP) and `last/`
+(the model folder of the last epoch, and what is needed to resume). Each of the two model folders is replaced as a
+whole, so that a machine that dies leaves the older one.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from crossdino.checkpoints import recover_folder, replaced_folder, save_model, written_whole
+from crossdino.config import Config, from_dict, read_yaml, to_dict, write_yaml
+from crossdino.errors import InputError
+from crossdino.models.detector import CrossDINO
+
+CONFIG_FILE = "config.yaml"
+LOG_FILE = "log.jsonl"
+CURVES_FILES = ("curves_loss.png", "curves_ap.png")
+TRAINER_FILE = "trainer.pt"
+# What a training puts into its output folder, and so what --overwrite may delete.
+_FILES = (CONFIG_FILE, LOG_FILE, *CURVES_FILES)
+_FOLDERS = ("last", "best", ".last.old", ".best.old", ".last.partial", ".best.partial")
+
+
+@dataclass
+class TrainingState:
+    """Everything that changes while training.
+
+    Attributes:
+        detector: the model that learns.
+        model: the same as accelerate wraps it for several processes.
+        ema: the average of its weights, or None.
+        optimizer: AdamW.
+        epoch, step: finished epochs and updates.
+        seconds: spent in training and evaluation.
+        best_ap: the best AP so far, None before the first evaluation.
+        evaluations: the log's records of all evaluations.
+    """
+
+    detector: CrossDINO
+    model: nn.Module
+    ema: AveragedModel | None
+    optimizer: torch.optim.Optimizer
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    best_ap: float | None = None
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def evaluated(self) -> CrossDINO:
+        """The model that is evaluated and saved: the averaged one where there is an average."""
+        return cast(CrossDINO, self.ema.module) if self.ema is not None else self.detector
+
+
+def check_output(output: Path, config: Config, resume: bool, overwrite: bool) -> None:
+    """Refuse an output folder that cannot be used; nothing is written.
+
+    Raises:
+        InputError: if it holds another training and neither `resume` nor `overwrite` is set, holds none to resume, or
+            holds one of another model.
+    """
+    if output.exists() and not output.is_dir():
+        raise InputError(f"training.output {output} is a file; name a folder")
+    holds_run = any((output / name).exists() for name in (*_FILES, *_FOLDERS))
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other: continue the old training or delete it")
+    if resume and not holds_run:
+        raise InputError(f"{output} holds no training to resume; leave --resume out to start one")
+    if holds_run and not resume and not overwrite:
+        raise InputError(
+            f"{output} already holds a training; choose another --output, continue it (--resume) or delete it "
+            "(--overwrite)"
+        )
+    if resume and (output / CONFIG_FILE).is_file():
+        before = to_dict(from_dict(read_yaml(output / CONFIG_FILE)).model)
+        for name, value in to_dict(config.model).items():
+            if before[name] != value:
+                raise InputError(
+                    f"cannot resume {output}: its model.{name} is {before[name]!r}, not {value!r}; give it the same "
+                    "or start another training"
+                )
+
+
+def has_checkpoint(output: Path) -> bool:
+    """Whether there is a finished epoch to continue after (perhaps one that a dying machine had moved aside)."""
+    return any((output / name / TRAINER_FILE).is_file() for name in ("last", ".last.old"))
+
+
+def prepare_output(output: Path, config: Config, overwrite: bool) -> None:
+    """Make the folder, delete an older training if asked to, and write the resolved configuration."""
+    if overwrite:
+        for name in _FILES:
+            (output / name).unlink(missing_ok=True)
+        for name in _FOLDERS:
+            shutil.rmtree(output / name, ignore_errors=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the output folder {output}: {error.strerror}") from None
+    recover_folder(output / "last")
+    recover_folder(output / "best")
+    with written_whole(output / CONFIG_FILE) as partial:
+        write_yaml(config, partial)
+
+
+def save_best(
+    output: Path, state: TrainingState, config: Config, category_ids: Sequence[int], metrics: dict[str, Any]
+) -> None:
+    """Replace `best/` by the present model."""
+    with replaced_folder(output / "best") as partial:
+        save_model(state.evaluated, partial, metrics=metrics, category_ids=category_ids)
+        write_yaml(config, partial / CONFIG_FILE)
+
+
+def save_last(output: Path, state: TrainingState, config: Config, category_ids: Sequence[int]) -> None:
+    """Replace `last/` by the present model and everything that `load_last` needs.
+
+    The state of the random number generators is not part of it: each epoch draws from (seed, epoch, process).
+    """
+    trainer = {
+        "epoch": state.epoch,
+        "step": state.step,
+        "seconds": state.seconds,
+        "best_ap": state.best_ap,
+        "evaluations": state.evaluations,
+        "model": state.detector.state_dict(),
+        "ema": state.ema.state_dict() if state.ema is not None else None,
+        "optimizer": state.optimizer.state_dict(),
+    }
+    with replaced_folder(output / "last") as partial:
+        save_model(state.evaluated, partial, category_ids=category_ids)
+        write_yaml(config, partial / CONFIG_FILE)
+        torch.save(trainer, partial / TRAINER_FILE)
+
+
+def load_last(output: Path, state: TrainingState) -> None:
+    """Bring `state` to where `save_last` found it.
+
+    Raises:
+        InputError: if the file is missing, broken or of another model.
+    """
+    path = output / "last" / TRAINER_FILE
+    try:
+        trainer = torch.load(path, map_location="cpu", weights_only=True)
+        state.detector.load_state_dict(trainer["model"])
+        state.optimizer.load_state_dict(trainer["optimizer"])
+        if state.ema is not None:
+            # Without an average so far, it starts with the weights that were just loaded.
+            averaged = trainer["ema"] or {f"module.{name}": value for name, value in trainer["model"].items()}
+            state.ema.load_state_dict(averaged, strict=trainer["ema"] is not None)
+    except (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()
+        raise InputError(f"cannot resume from {path} ({reason[0] if reason else error!r}); start anew") from None
+    state.epoch, state.step, state.seconds = trainer["epoch"], trainer["step"], trainer["seconds"]
+    state.best_ap, state.evaluations = trainer["best_ap"], trainer["evaluations"]

@@ -1,0 +1,374 @@
+"""The command line: what is printed, what is written, and that a mistake costs one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crossdino import training
+from crossdino.checkpoints import save_model
+from crossdino.cli import find_data, main, picture_names, split_settings
+from crossdino.config import Config, from_dict, read_yaml, to_dict, with_changes, write_yaml
+from crossdino.errors import InputError
+from crossdino.models.detector import CrossDINO
+from crossdino.recipes import RECIPES, recipe
+
+
+def run(*words: Any) -> int:
+    return main([str(word) for word in words])
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, dict[str, Any]]]:
+    """What `training.train` was called with, instead of a training."""
+    calls: list[tuple[Config, dict[str, Any]]] = []
+    monkeypatch.setattr(training, "train", lambda config, **keywords: calls.append((config, keywords)))
+    return calls
+
+
+@pytest.fixture(scope="session")
+def weights(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with random weights."""
+    torch.manual_seed(0)
+    small = dict(
+        backbone="test_efficientnet",
+        num_feature_levels=3,
+        hidden_dim=32,
+        num_heads=2,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        feedforward_dim=32,
+        num_queries=20,
+    )
+    model = CrossDINO(dataclasses.replace(Config().model, **small, class_names=("red", "blue")))  # type: ignore[arg-type]
+    model.inference = dataclasses.replace(model.inference, short_side=64, long_side=128, num_select=5)
+    folder = tmp_path_factory.mktemp("model") / "weights"
+    save_model(model, folder, category_ids=(3, 7))
+    return folder
+
+
+# --- mistakes ---
+
+
+def mistakes(data: Path, weights: Path) -> list[tuple[list[Any], str]]:
+    train = ["train", "--recipe", "compact", "--data", data, "--output", "OUT"]
+    evaluate = ["evaluate", "--ground-truth", data / "val.json"]
+    predict = ["predict", "--weights", weights, "--output", "OUT"]
+    return [
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        ([], "required: command"),
+        (["train", "--recipe", "compcat"], "unknown recipe 'compcat'; did you mean 'compact'?"),
+        (["train", "--data", data], "name a recipe"),
+        ([*train, "--training.epoks", "3"], "unknown setting 'training.epoks'; did you mean 'training.epochs'"),
+        ([*train, "--trianing.epochs=3"], "unknown setting 'trianing.epochs'; did you mean 'training.epochs'"),
+        ([*train, "--training.epochs", "x"], "setting 'training.epochs': expected int, got x"),
+        ([*train, "--training.epochs", "1.5"], "setting 'training.epochs': expected int, got 1.5"),
+        ([*train, "--training.precision", "fp16"], "setting 'training.precision'"),
+        ([*train, "--training.epochs"], "--training.epochs needs a value"),
+        ([*train, "--training.epochs", "--resume"], "--training.epochs needs a value"),
+        ([*train, "--overwrit"], "unknown argument '--overwrit'; did you mean '--overwrite'"),
+        ([*train, "--epochs", "3"], "unknown argument '--epochs'; did you mean '--training.epochs'"),
+        ([*train, "--config", "no.yaml"], "cannot read the configuration file no.yaml"),
+        ([*train, "--data", data / "train"], "has neither train.json nor annotations/instances_train"),
+        ([*train, "--data", "nowhere"], "no folder nowhere"),
+        ([*train, "--training.epochs", "0"], "training.epochs is 0"),
+        ([*train, "--weights", "nowhere"], "no model folder nowhere"),
+        ([*evaluate], "give either --predictions"),
+        ([*evaluate, "--predictions", "no.json"], "no.json cannot be read"),
+        ([*evaluate, "--predictions", data / "val.json"], "is not a list of detections"),
+        ([*evaluate, "--predictions", "no.json", "--json", "no/folder.json"], "cannot write no/folder.json"),
+        ([*evaluate, "--predictions", "no.json", "--max-detections", "0"], "0 must be at least 1"),
+        ([*evaluate, "--predictions", "no.json", "--size-bands", "tiny"], "tiny"),
+        (["evaluate", "--predictions", "no.json"], "--ground-truth"),
+        ([*evaluate, "--weights", data], "is not a model folder"),
+        ([*predict, "no.jpg"], "no image no.jpg"),
+        ([*predict, data], "holds no image"),
+        ([*predict, data / "val" / "1.png", "--threshold", "2"], "threshold is 2"),
+        ([*predict, data / "val" / "1.png", "--json", "../x.json"], "must be a plain file name"),
+        ([*predict, data / "val" / "1.png", "--device", "warp"], "cannot use --device warp"),
+        (["info", "compcat"], "unknown recipe 'compcat'"),
+        (["info", "--size", "8", "8"], "both must be at least 32"),
+    ]
+
+
+def test_mistakes_are_one_line_and_write_nothing(
+    tiny_data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words, message in mistakes(tiny_data, weights):
+        status = run(*words)
+        output = capsys.readouterr()
+        assert status == 2, words
+        assert output.err.startswith("crossdino: error: ") and output.err.count("\n") == 1, output.err
+        assert message in output.err, words
+        assert list(tmp_path.iterdir()) == [], words
+
+
+def test_the_console_command() -> None:
+    """In a process of its own: status, stderr, and that nothing heavy is imported for it."""
+    code = (
+        "import sys; from crossdino.cli import main; s = main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(s)"
+    )
+    found = subprocess.run([sys.executable, "-c", code, "train", "--recip", "x"], capture_output=True, text=True)
+    assert found.returncode == 2
+    assert found.stdout == "False\n"
+    assert found.stderr == "crossdino: error: unknown argument '--recip'; did you mean '--recipe' or '--help'?\n"
+
+
+def test_interrupts_and_our_own_bugs(
+    trained: list[Any], tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def raises(error: BaseException) -> Any:
+        def train(*_: Any, **__: Any) -> None:
+            raise error
+
+        return train
+
+    words = ("train", "--recipe", "compact", "--data", tiny_data)
+    monkeypatch.setattr(training, "train", raises(KeyboardInterrupt()))
+    assert run(*words) == 130
+    assert capsys.readouterr().err == "crossdino: interrupted\n"
+    monkeypatch.setattr(training, "train", raises(PermissionError(13, "Permission denied", "/root/x")))
+    assert run(*words) == 2
+    assert capsys.readouterr().err == "crossdino: error: cannot use /root/x: Permission denied\n"
+    monkeypatch.setattr(training, "train", raises(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):  # a bug of ours keeps its traceback
+        run(*words)
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--version"], ["--help"], ["train", "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert caught.value.code == 0
+    output = capsys.readouterr().out
+    assert output.startswith("crossdino ")
+    assert "--training.gradient_accumulation" in output.replace("\n", "").replace(" ", "")
+
+
+# --- configuration ---
+
+
+def test_settings_come_from_recipe_then_file_then_command_line(
+    trained: list[tuple[Config, dict[str, Any]]], tiny_data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file.yaml").write_text(
+        "name: mine\ntraining: {epochs: 7, learning_rate: 1e-3}\nmodel: {num_queries: 9}\n"
+    )
+    words = ["train", "--recipe", "compact", "--config", tmp_path / "file.yaml", "--data", tiny_data]
+    words += ["--training.epochs", "3", "--training.drop-epochs=[1, 2]", "--data.quarter_turns", "false"]
+    words += ["--evaluation.size_bands", "{tiny: [0, 8]}", "--training.learning_rate=2e-3", "--model.backbone_weights"]
+    assert run(*words, "null", "--output", tmp_path / "out", "--weights", "w", "--overwrite") == 0
+    ((config, keywords),) = trained
+    expected = with_changes(
+        recipe("compact"),
+        {
+            "name": "mine",
+            "training.epochs": 3,
+            "training.learning_rate": 0.002,
+            "training.drop_epochs": (1, 2),
+            "training.output": str(tmp_path / "out"),
+            "model.num_queries": 9,
+            "model.backbone_weights": None,
+            "data.quarter_turns": False,
+            "data.train_annotations": str(tiny_data / "train.json"),
+            "data.val_annotations": str(tiny_data / "val.json"),
+            "evaluation.size_bands": {"tiny": (0.0, 8.0)},
+        },
+    )
+    assert config == expected
+    assert keywords == {"resume": False, "overwrite": True, "init_weights": "w"}
+    assert isinstance(config.training.epochs, int) and isinstance(config.evaluation.size_bands["tiny"], tuple)
+
+
+def test_resume_starts_from_the_stored_configuration(
+    trained: list[tuple[Config, dict[str, Any]]], tiny_config: Config, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    write_yaml(tiny_config, tmp_path / "run" / "config.yaml")
+    assert run("train", "--output", tmp_path / "run", "--resume", "--training.epochs", 9) == 0
+    assert trained == [
+        (with_changes(tiny_config, {"training.epochs": 9}), {"resume": True, "overwrite": False, "init_weights": None})
+    ]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_survives_the_file(name: str, tmp_path: Path) -> None:
+    config = recipe(name)
+    write_yaml(config, tmp_path / "config.yaml")
+    assert from_dict(read_yaml(tmp_path / "config.yaml")) == config
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: 3", "'training' is a section"),
+        ("trainin: {epochs: 3}", "unknown setting 'trainin'"),
+        ("training: {epochs: [1]}", "'training.epochs'"),
+        ("- 1", "must hold sections"),
+        ("a: [", "is not a YAML file"),
+    ],
+)
+def test_bad_configuration_files(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    assert run("train", "--config", tmp_path / "c.yaml") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_values_keep_their_types() -> None:
+    base = Config()
+    with pytest.raises(InputError, match="expected int, got True"):
+        with_changes(base, {"training.epochs": True})
+    with pytest.raises(InputError, match="crop_range.*2 elements"):
+        with_changes(base, {"data.crop_range": [1, 2, 3]})
+    assert with_changes(base, {"training.learning_rate": 1}).training.learning_rate == 1.0
+    assert with_changes(base, {"model.class_names": ["1", "no"]}).model.class_names == ("1", "no")
+    assert with_changes(base, {"training.output": "3"}).training.output == "3"
+    assert base == Config()
+
+
+def test_split_settings() -> None:
+    words = ["train", "--data", "d", "--training.lr-x=a=b", "--a.b", "-1", "--resume", "x.y"]
+    assert split_settings(words) == (["train", "--data", "d", "--resume", "x.y"], {"training.lr_x": "a=b", "a.b": "-1"})
+
+
+def test_find_data(tmp_path: Path) -> None:
+    (tmp_path / "annotations").mkdir()
+    for name in ("instances_train2017.json", "captions_train2017.json", "instances_val2017.json"):
+        (tmp_path / "annotations" / name).write_text("{}")
+    (tmp_path / "train2017").mkdir()
+    (tmp_path / "images" / "val2017").mkdir(parents=True)
+    assert find_data(tmp_path) == {
+        "data.train_annotations": str(tmp_path / "annotations" / "instances_train2017.json"),
+        "data.train_images": str(tmp_path / "train2017"),
+        "data.val_annotations": str(tmp_path / "annotations" / "instances_val2017.json"),
+        "data.val_images": str(tmp_path / "images" / "val2017"),
+    }
+    (tmp_path / "annotations" / "instances_train2014.json").write_text("{}")
+    with pytest.raises(InputError, match="several files for train .*choose by --data.train_annotations"):
+        find_data(tmp_path)
+    (tmp_path / "train.json").write_text("{}")
+    found = find_data(tmp_path)
+    assert (found["data.train_annotations"], found["data.train_images"]) == (str(tmp_path / "train.json"), None)
+
+
+# --- the commands ---
+
+
+def test_evaluate_a_file(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truth = json.loads((tiny_data / "val.json").read_text())
+    perfect = [
+        {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 0.9}
+        for a in truth["annotations"]
+    ]
+    (tmp_path / "dets.json").write_text(json.dumps(perfect))
+    words = ["evaluate", "--ground-truth", tiny_data / "val.json", "--predictions", tmp_path / "dets.json"]
+    assert run(*words, "--json", tmp_path / "out.json", "--size-bands", "tiny=0-8,rest=8-100") == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["ap"] == 1.0 and result["by_size"]["rest"]["ap"] == 1.0
+    assert list(result["by_size"]) == ["tiny", "rest"]
+    assert "100.0" in capsys.readouterr().out
+
+
+def test_evaluate_a_model_gives_the_numbers_of_its_file(tiny_data: Path, weights: Path, tmp_path: Path) -> None:
+    words = ["evaluate", "--ground-truth", tiny_data / "val.json"]
+    outputs = ["--json", tmp_path / "a.json", "--predictions-out", tmp_path / "dets.json"]
+    assert run(*words, "--weights", weights, *outputs, "--num-select", 9) == 0
+    detections = json.loads((tmp_path / "dets.json").read_text())
+    assert len(detections) == 2 * 9
+    assert {entry["category_id"] for entry in detections} <= {3, 7}
+    assert run(*words, "--predictions", tmp_path / "dets.json", "--json", tmp_path / "b.json") == 0
+    assert json.loads((tmp_path / "a.json").read_text()) == json.loads((tmp_path / "b.json").read_text())
+
+
+def test_predict(weights: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a").mkdir()
+    pixels = np.full((48, 96, 3), 80, np.uint8)
+    for path in ("a/1.png", "a/1.jpg", "a/other.PNG"):
+        Image.fromarray(pixels).save(tmp_path / path)
+    (tmp_path / "a" / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    (tmp_path / "a" / "notes.txt").write_text("")
+    out = tmp_path / "out"
+    words = ["predict", "--weights", weights, "--output", out, "--threshold", "0", "--json", "found.json"]
+    status = run(*words, tmp_path / "a", tiny_data / "val" / "*.png", tmp_path / "absent.png", tmp_path / "a" / "1.png")
+    output = capsys.readouterr()
+    assert status == 2
+    errors = output.err.splitlines()
+    assert len(errors) == 2 and "absent.png" in errors[0] and "broken.jpg" in errors[1]
+    assert all(line.startswith("crossdino: error: ") for line in errors)
+
+    result = json.loads((out / "found.json").read_text())
+    names = [Path(image["file_name"]).name for image in result["images"]]
+    assert names == ["1.jpg", "1.png", "other.PNG", "1.png", "2.png"]
+    pictures = [image["picture"] for image in result["images"]]
+    assert len(set(pictures)) == 5
+    assert {path.name for path in out.iterdir()} == {*pictures, "found.json"}
+    for image in result["images"]:
+        with Image.open(out / image["picture"]) as picture:
+            assert picture.width == image["width"]
+    assert (result["images"][0]["width"], result["images"][0]["height"]) == (96, 48)
+    assert result["categories"] == [{"id": 3, "name": "red"}, {"id": 7, "name": "blue"}]
+    assert len(result["annotations"]) == 5 * 5
+    assert [entry["id"] for entry in result["annotations"]] == list(range(1, 26))
+    for entry in result["annotations"]:
+        x, y, width, height = entry["bbox"]
+        assert entry["area"] == pytest.approx(width * height)
+        assert 0 <= entry["score"] <= 1 and x >= 0 and y >= 0
+    # The file is COCO: taken for the ground truth, the same model finds all of it.
+    words = ["evaluate", "--ground-truth", out / "found.json", "--weights", weights, "--images", "/"]
+    assert run(*words, "--json", tmp_path / "numbers.json") == 0
+    assert json.loads((tmp_path / "numbers.json").read_text())["ap"] == pytest.approx(1.0)
+
+
+def test_predict_never_overwrites_its_input(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.fromarray(np.full((40, 40, 3), 80, np.uint8)).save(tmp_path / "x.jpg")
+    before = (tmp_path / "x.jpg").read_bytes()
+    assert run("predict", "--weights", weights, "--output", tmp_path, tmp_path / "x.jpg") == 2
+    assert "would be overwritten" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jpg"]
+    assert (tmp_path / "x.jpg").read_bytes() == before
+
+
+def test_predict_writes_nothing_when_no_image_is_good(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.jpg").write_bytes(b"")
+    assert run("predict", "--weights", weights, "--output", tmp_path / "out", tmp_path / "x.jpg") == 2
+    assert "x.jpg" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_picture_names() -> None:
+    paths = [Path(name) for name in ("a/x.jpg", "b/X.png", "c/x_2.jpg", "x.tif", "y.jpg")]
+    names = picture_names(paths)
+    assert names[0] == "x.jpg" and names[-1] == "y.jpg"
+    assert len({name.lower() for name in names}) == 5
+
+
+def test_info_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", "compact", "--size", "512", "640") == 0
+    output = capsys.readouterr().out
+    assert "compact" in output and "64x80 32x40 16x20 8x10" in output
+    assert run("recipes") == 0
+    output = capsys.readouterr().out
+    assert all(name in output for name in RECIPES)
+    assert run("recipes", "--show", "compact") == 0
+    shown = capsys.readouterr().out
+    assert from_dict(cli_yaml(shown[shown.index("name: compact") :])) == recipe("compact")
+
+
+def cli_yaml(text: str) -> dict[str, Any]:
+    import yaml
+
+    return yaml.safe_load(text)
