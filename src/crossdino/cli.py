@@ -501,9 +501,11 @@ def _parser() -> argparse.ArgumentParser:
     convert = command("convert-weights", _convert_weights, "Turn an official DINO checkpoint into a model folder.")
     convert.add_argument("source", metavar="SOURCE", help="the official file (.pth)")
     convert.add_argument("--output", metavar="DIR", required=True, help="the model folder to write")
-    convert.add_argument("--fusion", choices=("none", "cctm", "once", "mlp"), default="none", help="none is DINO (none)")
+    convert.add_argument(
+        "--fusion", choices=("none", "cctm", "once", "mlp"), default="none", help="none is DINO (none)"
+    )
     convert.add_argument("--class-names", metavar="A,B,...", help="other classes; those of the same name are kept")
-    convert.add_argument("--class-map", metavar="NEW=OLD,...", help="classes that begin as another: pedestrian=person")
+    convert.add_argument("--class-map", metavar="NEW=OLD,...", help="begin as another: pedestrian=person")
     convert.add_argument("--num-queries", type=_positive, help="another number of queries")
 
     info = command("info", _info, "Parameters, multiply-adds and feature map sizes of the recipes.")

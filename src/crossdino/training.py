@@ -489,9 +489,7 @@ def _evaluate(
     return result
 
 
-def _average_precision(
-    config: Config, index: DatasetIndex, detections: list[dict[str, Any]]
-) -> AveragePrecisionResult:
+def _average_precision(config: Config, index: DatasetIndex, detections: list[dict[str, Any]]) -> AveragePrecisionResult:
     # Not the file itself: what was mended in it at loading shall stay mended.
     return evaluate_detections(
         index.to_coco(),
