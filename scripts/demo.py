@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -68,7 +69,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=2.0, help="how long to train (2)")
     minutes = parser.parse_args().minutes
     console = Console()
-    shutil.rmtree(ROOT / OUTPUT, ignore_errors=True)
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    OUTPUT.mkdir(parents=True)
 
     console.print(Rule("1. Detect with the shipped weights and measure"))
     for name, what in HELD_OUT.items():
@@ -87,7 +89,7 @@ def main() -> None:
     )  # fmt: skip
     console.print(
         f"\nDetections against the ground truth: {OUTPUT / 'comparisons'} "
-        "(green: found, red: false, dashed with a triangle: missed)",
+        "(blue: found, orange: false, dashed with a triangle: missed)",
         soft_wrap=True,
     )
 
@@ -110,7 +112,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import os
-
     os.chdir(ROOT)
     main()

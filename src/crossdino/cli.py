@@ -194,17 +194,15 @@ def _evaluate(options: argparse.Namespace) -> int:
     detections: Any = options.predictions if options.weights is None else _detect(options)
     if options.predictions_out is not None:
         _write_json(Path(options.predictions_out), detections)
-    result = evaluate_detections(
-        options.ground_truth, detections, max_detections=options.max_detections, size_bands=bands
-    )
+    result = evaluate_detections(truth, detections, max_detections=options.max_detections, size_bands=bands)
     if options.json is not None:
         _write_text(Path(options.json), result.to_json() + "\n")
     _console().print(result.table())
     return 0
 
 
-def _detect(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run a model over the images of the ground truth file."""
+def _detect(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run a model over the images of the ground truth file; returns the truth as it was understood, and detections."""
     from rich.progress import track
 
     from crossdino.checkpoints import load_model
@@ -220,6 +218,8 @@ def _detect(options: argparse.Namespace) -> list[dict[str, Any]]:
     dataset = DetectionDataset(index, data, model.mean, model.std, train=False, seed=0)
     num_select = options.num_select or inference.num_select
     console = _console()
+    for line in index.problems.lines():
+        console.print(f"{index.annotations}: {line}", soft_wrap=True)
     console.print(
         f"{len(dataset)} images, short side {inference.short_side} px (long side at most {inference.long_side} px), "
         f"{num_select} detections kept per image"
@@ -230,9 +230,10 @@ def _detect(options: argparse.Namespace) -> list[dict[str, Any]]:
         for _ in range(count):
             next(progress, None)
 
-    return detect_dataset(
+    detections = detect_dataset(
         model, dataset, num_select=num_select, batch_size=options.batch_size, num_workers=2, on_batch=advance
     )
+    return index.to_coco(), detections
 
 
 def _predict(options: argparse.Namespace) -> int:
