@@ -191,7 +191,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     from crossdino.evaluation import COCO_SIZE_BANDS, evaluate_detections, parse_size_bands
 
     bands = parse_size_bands(options.size_bands) if options.size_bands else COCO_SIZE_BANDS
-    detections: Any = options.predictions if options.weights is None else _detect(options)
+    truth, detections = options.ground_truth, options.predictions
+    if options.weights is not None:
+        truth, detections = _detect(options)
     if options.predictions_out is not None:
         _write_json(Path(options.predictions_out), detections)
     result = evaluate_detections(truth, detections, max_detections=options.max_detections, size_bands=bands)
