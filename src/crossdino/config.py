@@ -125,6 +125,8 @@ class DataConfig:
         horizontal_flip, vertical_flip: probabilities.
         quarter_turns: turn by a random multiple of 90 degrees (for images without an upright direction).
         color_jitter: strength of random brightness, contrast and saturation; 0: off.
+        bad_boxes: boxes outside their image or of no size: `error` refuses the file and names them, `mend` clips them,
+            leaves out what has no size, and says so once.
         num_workers: loader processes; 0 loads in the training process.
     """
 
@@ -142,6 +144,7 @@ class DataConfig:
     vertical_flip: float = 0.0
     quarter_turns: bool = False
     color_jitter: float = 0.0
+    bad_boxes: Literal["error", "mend"] = "error"
     num_workers: int = 2
 
 

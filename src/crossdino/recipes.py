@@ -34,6 +34,8 @@ def dino_r50() -> Config:
         name="dino_r50",
         model=ModelConfig(backbone="resnet50", class_names=COCO_91_SLOTS, fusion="none"),
         loss=LossConfig(classification="focal"),
+        # COCO's own training file has boxes of no size.
+        data=DataConfig(bad_boxes="mend"),
         training=TrainingConfig(batch_size=8, epochs=12, drop_epochs=(11,)),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -294,3 +295,20 @@ def test_ground_truth_round_trip(tmp_path: Path) -> None:
         np.testing.assert_array_equal(ours.iscrowd, theirs.iscrowd)
     bboxes = [entry["bbox"] for entry in index.to_coco()["annotations"]]
     assert bboxes == [[10, 10, 5, 5], [1, 2, 3.5, 4.25], [0, 0, 20, 50]]
+
+
+@pytest.mark.parametrize(
+    ("box", "words"),
+    [
+        ([30, 5, 20, 5], "clipped"),
+        ([100, 100, 5, 5], "outside"),
+        ([3, 3, 0, 4], "no size"),
+        ([3, 3, None, 4], "four numbers"),
+    ],
+)
+def test_bad_boxes_are_refused_where_nobody_asked_to_mend_them(tmp_path: Path, box: list[Any], words: str) -> None:
+    good = {"bbox": [1, 1, 5, 5]}
+    index = load_boxes(tmp_path, good, {"bbox": box, "id": 77}, good, good)
+    with pytest.raises(InputError, match=rf"{re.escape(str(index.annotations))}.*{words}.*77.*data\.bad_boxes mend"):
+        index.refuse_bad_boxes()
+    load_boxes(tmp_path, good).refuse_bad_boxes()  # nothing to mend: nothing to refuse

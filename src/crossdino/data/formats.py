@@ -29,6 +29,9 @@ UNKNOWN_IMAGE = "annotations of unknown images left out"
 UNKNOWN_CATEGORY = "annotations of unknown or unwanted categories left out"
 NO_BOX = "annotations without a box of four numbers left out"
 REPEATED_ID = "annotation ids used again"
+SIZELESS = "boxes of no size left out"
+OUTSIDE = "boxes outside their image left out"
+CLIPPED = "boxes clipped to their image"
 
 
 @dataclass
@@ -111,6 +114,23 @@ class DatasetIndex:
     def num_objects(self) -> int:
         """Number of boxes that are training targets (crowds not counted)."""
         return sum(int((~record.iscrowd).sum()) for record in self.records)
+
+    def refuse_bad_boxes(self) -> None:
+        """Insist on boxes that need no mending.
+
+        Raises:
+            InputError: naming the file and the first annotations with a box outside the image, of no size, or without
+                four numbers.
+        """
+        bad = (NO_BOX, SIZELESS, OUTSIDE, CLIPPED)
+        lines = [
+            line for kind, line in zip(self.problems.counts, self.problems.lines(), strict=True) if kind.startswith(bad)
+        ]
+        if lines:
+            raise InputError(
+                f"{self.annotations} has boxes that had to be mended: {'; '.join(lines)}. Correct the file, or accept "
+                "this with --data.bad_boxes mend"
+            )
 
     @property
     def label_of(self) -> dict[int, int]:
@@ -398,9 +418,9 @@ def _attach_objects(
     outside = ~sizeless & ~(clipped[:, 2:] > clipped[:, :2]).all(1)
     keep = ~sizeless & ~outside
     moved = keep & (np.abs(clipped - corners) > ROUNDING_PX).any(1)
-    problems.add("boxes of no size left out", places([used[row] for row in np.flatnonzero(sizeless)]))
-    problems.add("boxes outside their image left out", places([used[row] for row in np.flatnonzero(outside)]))
-    kind = "boxes clipped to their image"
+    problems.add(SIZELESS, places([used[row] for row in np.flatnonzero(sizeless)]))
+    problems.add(OUTSIDE, places([used[row] for row in np.flatnonzero(outside)]))
+    kind = CLIPPED
     if moved.sum() + outside.sum() > 0.3 * len(boxes):
         kind += " (so many that they may be x1 y1 x2 y2 instead of COCO's x y width height)"
     problems.add(kind, places([used[row] for row in np.flatnonzero(moved)]))
