@@ -106,6 +106,9 @@ def test_training_learns_and_keeps_the_best(tiny_config: Config) -> None:
     assert best["metrics"]["ap"] == result.best_ap == max(record["ap"] for record in evaluations)
     assert best["class_names"] == ["red", "blue"] and best["category_ids"] == [3, 7]
     assert best["inference"] == {"short_side": 64, "long_side": 1333, "num_select": 300}
+    card = (result.weights / "README.md").read_text()
+    assert f"| AP | {100 * result.best_ap:.1f} | 3 |" in card and "of the 8 training objects" in card
+    assert str(tiny_config.data.train_annotations) not in card  # names, not the folders of this machine
     parts = records(result.output, "train")[0]
     assert parts["loss"] == pytest.approx(
         sum(parts[name] for name in ("class", "l1", "giou", "encoder", "denoising")), abs=1e-4
@@ -272,7 +275,7 @@ def test_starts_from_weights_with_other_classes(
     save_model(donor, tmp_path / "donor")
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
     result = train(with_changes(tiny_config, {"training.epochs": 1}), init_weights=tmp_path / "donor")
-    assert "5 classes, the data 2: " in " ".join(capsys.readouterr().out.split())
+    assert f"{tmp_path / 'donor'}: classes re-initialised, 2 of 2: red, blue" in capsys.readouterr().out
     found, given = load_model(result.weights).state_dict(), donor.state_dict()
     anew = [name for name in given if found[name].shape != given[name].shape]
     assert set(anew) == {"class_embed.weight", "class_embed.bias", "enc_class_embed.weight", "enc_class_embed.bias"} | {
@@ -280,9 +283,9 @@ def test_starts_from_weights_with_other_classes(
     }
     assert all(torch.equal(found[name], given[name]) for name in given if name not in anew)
 
-    with pytest.raises(InputError, match=r"do not fit this model: tgt_embed.weight is \(20, 32\)"):
+    with pytest.raises(InputError, match=r"do not fit this model: .*linear1.weight is \(32, 32\)"):
         train(
-            with_changes(tiny_config, {"model.num_queries": 30, "training.output": str(tmp_path / "other")}),
+            with_changes(tiny_config, {"model.feedforward_dim": 48, "training.output": str(tmp_path / "other")}),
             init_weights=tmp_path / "donor",
         )
     assert not (tmp_path / "other").exists()

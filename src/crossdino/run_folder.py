@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +19,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from crossdino.checkpoints import recover_folder, replaced_folder, save_model, written_whole
 from crossdino.config import Config, from_dict, read_yaml, to_dict, write_yaml
+from crossdino.data.formats import DatasetIndex
 from crossdino.errors import InputError
+from crossdino.evaluation.average_precision import AveragePrecisionResult
+from crossdino.model_card import model_card, size_histogram
 from crossdino.models.detector import CrossDINO
 
 CONFIG_FILE = "config.yaml"
@@ -115,15 +117,30 @@ def prepare_output(output: Path, config: Config, overwrite: bool) -> None:
 
 
 def save_best(
-    output: Path, state: TrainingState, config: Config, category_ids: Sequence[int], metrics: dict[str, Any]
+    output: Path,
+    state: TrainingState,
+    config: Config,
+    train_index: DatasetIndex,
+    metrics: dict[str, Any],
+    evaluated: AveragePrecisionResult | None,
 ) -> None:
-    """Replace `best/` by the present model."""
+    """Replace `best/` by the present model.
+
+    Args:
+        output: the training's folder.
+        state: for the model.
+        config: the training's settings.
+        train_index: the training data, for its category ids and for the sizes on the model card.
+        metrics: a summary of the evaluation, for `config.json`.
+        evaluated: the evaluation itself, for the model card; None without a validation set.
+    """
+    card = _card(state, config, train_index, evaluated)
     with replaced_folder(output / "best") as partial:
-        save_model(state.evaluated, partial, metrics=metrics, category_ids=category_ids)
+        save_model(state.evaluated, partial, metrics=metrics, category_ids=train_index.category_ids, card=card)
         write_yaml(config, partial / CONFIG_FILE)
 
 
-def save_last(output: Path, state: TrainingState, config: Config, category_ids: Sequence[int]) -> None:
+def save_last(output: Path, state: TrainingState, config: Config, train_index: DatasetIndex) -> None:
     """Replace `last/` by the present model and everything that `load_last` needs.
 
     The state of the random number generators is not part of it: each epoch draws from (seed, epoch, process).
@@ -138,8 +155,9 @@ def save_last(output: Path, state: TrainingState, config: Config, category_ids: 
         "ema": state.ema.state_dict() if state.ema is not None else None,
         "optimizer": state.optimizer.state_dict(),
     }
+    card = _card(state, config, train_index, None)
     with replaced_folder(output / "last") as partial:
-        save_model(state.evaluated, partial, category_ids=category_ids)
+        save_model(state.evaluated, partial, category_ids=train_index.category_ids, card=card)
         write_yaml(config, partial / CONFIG_FILE)
         torch.save(trainer, partial / TRAINER_FILE)
 
@@ -164,3 +182,36 @@ def load_last(output: Path, state: TrainingState) -> None:
         raise InputError(f"cannot resume from {path} ({reason[0] if reason else error!r}); start anew") from None
     state.epoch, state.step, state.seconds = trainer["epoch"], trainer["step"], trainer["seconds"]
     state.best_ap, state.evaluations = trainer["best_ap"], trainer["evaluations"]
+
+
+def _card(
+    state: TrainingState, config: Config, train_index: DatasetIndex, evaluated: AveragePrecisionResult | None
+) -> str:
+    settings = config.training
+    facts = {
+        "training images": len(train_index.records),
+        "training objects": train_index.num_objects,
+        "epochs": state.epoch,
+        "updates": state.step,
+        "images per update and process": settings.batch_size * settings.gradient_accumulation,
+        "learning rate": f"{settings.learning_rate:g} (backbone {settings.backbone_learning_rate:g})",
+        "classification loss": f"{config.loss.classification}, beta {config.loss.beta:g}"
+        if config.loss.classification == "boost"
+        else config.loss.classification,
+        "training short sides (px)": ", ".join(map(str, config.data.train_short_sides)),
+        "precision": settings.precision,
+        "averaged weights": f"decay {settings.ema_decay:g}" if settings.ema_decay else "no",
+        "seed": settings.seed,
+    }
+    # File names only: where the files lie on this machine is nobody's business.
+    data = f"Trained on {train_index.annotations.name}"
+    if evaluated is not None and config.data.val_annotations is not None:
+        data += f", measured on {Path(config.data.val_annotations).name}, by which the best epoch was chosen"
+    return model_card(
+        state.evaluated,
+        name=config.name,
+        metrics=evaluated.to_dict() if evaluated is not None else None,
+        sizes=size_histogram(train_index, state.evaluated.inference),
+        data=f"{data}.",
+        training=facts,
+    )

@@ -86,8 +86,8 @@ def train(
         config: the complete configuration; the data's class names replace those of `config.model`.
         resume: continue the training in `config.training.output` after its last saved epoch.
         overwrite: delete the training that is in the output folder first.
-        init_weights: a model folder or hub id to start from; where its number of classes differs, the class heads
-            start anew.
+        init_weights: a model folder or hub id to start from; classes of the same name and all queries that can be
+            kept are kept, and it is printed what begins anew.
 
     Returns:
         Where the weights are and how good they became.
@@ -161,8 +161,8 @@ def train(
         if accelerator.is_main_process:
             if val_set is None or state.best_ap != best_before:
                 metrics = {"epoch": state.epoch, **(_summary(evaluated) if evaluated else {})}
-                save_best(output, state, config, train_index.category_ids, metrics)
-            save_last(output, state, config, train_index.category_ids)
+                save_best(output, state, config, train_index, metrics, evaluated)
+            save_last(output, state, config, train_index)
         accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
@@ -353,10 +353,14 @@ def _load_data(config: Config) -> tuple[DatasetIndex, DatasetIndex | None]:
     data = config.data
     assert data.train_annotations is not None
     train_index = load_coco(data.train_annotations, data.train_images)
+    if data.bad_boxes == "error":
+        train_index.refuse_bad_boxes()
     if data.val_annotations is None:
         return train_index, None
     # The labels follow the training data's names, whatever ids the other file gives them.
     val_index = load_coco(data.val_annotations, data.val_images, class_names=train_index.class_names)
+    if data.bad_boxes == "error":
+        val_index.refuse_bad_boxes()
     # A file or bands that cannot be evaluated shall be found now, not after the first epoch.
     _average_precision(config, val_index, [])
     return train_index, val_index
@@ -372,9 +376,8 @@ def _build_model(config: Config, init_weights: str | Path | None, continues: boo
         config.data.test_short_side, config.data.test_long_side, config.evaluation.num_select
     )
     if init_weights is not None and not continues:
-        note = start_from(model, init_weights)
-        if note:
-            console.print(note)
+        for line in start_from(model, init_weights):
+            console.print(f"{init_weights}: {line}", soft_wrap=True, markup=False)
     return model
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -348,18 +349,32 @@ class CrossDINO(nn.Module):
             )
         return DetectorOutput(matched[-1].pred_logits, matched[-1].pred_boxes, matched[:-1], encoder_output, denoising)
 
-    def save_pretrained(self, folder: str | Path, **keywords: Any) -> None:
-        """Write configuration and weights to a folder; see `crossdino.checkpoints.save_model`."""
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        half: bool = False,
+        metrics: Mapping[str, Any] | None = None,
+        category_ids: Sequence[int] | None = None,
+        card: str | None = None,
+    ) -> None:
+        """Write weights, configuration and model card to a folder; see `crossdino.checkpoints.save_model`."""
         from crossdino.checkpoints import save_model
 
-        save_model(self, folder, **keywords)
+        save_model(self, folder, half=half, metrics=metrics, category_ids=category_ids, card=card)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu") -> CrossDINO:
-        """Read a model from a folder or a hub id; see `crossdino.checkpoints.load_model`."""
+        """Read a model from a folder, its safetensors file or a hub id; see `crossdino.checkpoints.load_model`."""
         from crossdino.checkpoints import load_model
 
         return load_model(source, device=device)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, **options: Any) -> str:
+        """Put the model on the Hugging Face hub; see `crossdino.checkpoints.push_model` for the options."""
+        from crossdino.checkpoints import push_model
+
+        return push_model(self, repo_id, private=private, token=token, **options)
 
     @classmethod
     def from_dino(cls, path: str | Path, **options: Any) -> CrossDINO:
