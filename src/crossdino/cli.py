@@ -191,7 +191,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     from crossdino.evaluation import COCO_SIZE_BANDS, evaluate_detections, parse_size_bands
 
     bands = parse_size_bands(options.size_bands) if options.size_bands else COCO_SIZE_BANDS
-    truth, detections = options.ground_truth, options.predictions
+    truth: Any = options.ground_truth
+    detections: Any = options.predictions
     if options.weights is not None:
         truth, detections = _detect(options)
     if options.predictions_out is not None:
