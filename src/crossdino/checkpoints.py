@@ -77,10 +77,14 @@ def save_model(
     for name, tensor in model.state_dict().items():
         stored = tensor.detach().to("cpu", torch.float16 if half and tensor.is_floating_point() else tensor.dtype)
         tensors[name] = stored.contiguous().clone()  # safetensors takes neither channels-last nor shared memory
+    network = to_dict(model.config)
+    if network["backbone_weights"] is not None:
+        # A file's name tells where the backbone came from; its folder is nobody's business.
+        network["backbone_weights"] = Path(network["backbone_weights"]).name
     config = {
         "format_version": FORMAT_VERSION,
         "crossdino_version": package_version(),
-        "model": to_dict(model.config),
+        "model": network,
         "inference": to_dict(model.inference),
         "class_names": list(model.config.class_names),
         "category_ids": list(category_ids) if category_ids is not None else None,

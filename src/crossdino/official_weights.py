@@ -25,6 +25,7 @@ from crossdino.benchmarks import COCO_91_SLOTS
 from crossdino.checkpoints import save_model, unfitting_keys
 from crossdino.config import Fusion, FusionInit, InferenceConfig, ModelConfig, Padding
 from crossdino.errors import InputError
+from crossdino.model_card import model_card
 from crossdino.models.cctm import CrossCodingTwice
 from crossdino.models.detector import CrossDINO
 
@@ -144,7 +145,12 @@ def convert_weights(source: str | Path, output: str | Path, **options: Any) -> C
     model, report = load_dino(source, **options)
     # The official heads of 91 classes use COCO's category ids as they are.
     is_coco = model.config.class_names == COCO_91_SLOTS
-    save_model(model, output, category_ids=range(len(COCO_91_SLOTS)) if is_coco else None)
+    card = model_card(
+        model,
+        name=Path(source).stem,
+        data=f"Converted from the official DINO checkpoint {Path(source).name}; not measured after the conversion.",
+    )
+    save_model(model, output, category_ids=range(len(COCO_91_SLOTS)) if is_coco else None, card=card)
     return report
 
 

@@ -27,11 +27,10 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
 
 from crossdino.checkpoints import start_from
 from crossdino.config import Config, InferenceConfig, TrainingConfig
-from crossdino.data.dataset import DetectionDataset, collate
+from crossdino.data.dataset import DetectionDataset, build_loader
 from crossdino.data.formats import DatasetIndex, load_coco
 from crossdino.errors import InputError
 from crossdino.evaluation.average_precision import AveragePrecisionResult, evaluate_detections
@@ -198,7 +197,7 @@ def _train_epoch(
     _seed_everything(settings.seed, state.epoch, rank)
     train_set.set_epoch(state.epoch)
     order = epoch_order(len(train_set), settings.seed, state.epoch, rank, world)
-    loader = _loader(train_set, order, config)
+    loader = build_loader(train_set, settings.batch_size, order=order)
     num_steps = math.ceil(len(loader) / settings.gradient_accumulation)
     rate = 0.0
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
@@ -268,8 +267,8 @@ def detect_dataset(
     """
     model.eval()
     device = next(model.parameters()).device
-    order = range(len(dataset)) if indices is None else list(indices)
-    loader = DataLoader(dataset, batch_size, sampler=order, collate_fn=collate, num_workers=num_workers)
+    order = None if indices is None else list(indices)
+    loader = build_loader(dataset, batch_size, order=order, num_workers=num_workers)
     results: list[dict[str, Any]] = []
     for batch in loader:
         batch = batch.to(device)
@@ -407,17 +406,6 @@ def _seed_everything(*numbers: int) -> None:
 
 
 # --- parts of a step ---
-
-
-def _loader(dataset: DetectionDataset, order: list[int], config: Config) -> DataLoader[Any]:
-    return DataLoader(
-        dataset,
-        config.training.batch_size,
-        sampler=order,
-        collate_fn=collate,
-        num_workers=config.data.num_workers,
-        pin_memory=torch.cuda.is_available(),
-    )
 
 
 def _grouped(items: Iterable[T], size: int) -> Iterator[list[T]]:

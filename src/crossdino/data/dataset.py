@@ -6,13 +6,13 @@ neither on the number of worker processes nor on what was loaded before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from crossdino.config import DataConfig
 from crossdino.data.formats import DatasetIndex
@@ -150,31 +150,16 @@ def collate(items: Sequence[tuple[Tensor, Target]]) -> Batch:
     return Batch(images, padding_mask, [target for _, target in items])
 
 
-class EpochSampler(Sampler[int]):
-    """A permutation of the dataset that depends on its seed and epoch only, so that a resumed run sees the same."""
-
-    def __init__(self, dataset: DetectionDataset) -> None:
-        """Shuffle this dataset."""
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.dataset)
-
-    def __iter__(self) -> Iterator[int]:
-        """The order of the dataset's current epoch."""
-        order = np.random.default_rng((self.dataset.seed, self.dataset.epoch)).permutation(len(self.dataset))
-        return iter(order.tolist())
-
-
-def build_loader(dataset: DetectionDataset, batch_size: int) -> DataLoader[Any]:
-    """A loader of padded batches: shuffled anew every epoch for a training dataset, in order otherwise.
-
-    The last batch may be smaller. Call `dataset.set_epoch(epoch)` before each pass.
+def build_loader(
+    dataset: DetectionDataset, batch_size: int, *, order: Sequence[int] | None = None, num_workers: int | None = None
+) -> DataLoader[Any]:
+    """A loader of padded batches. The last batch may be smaller.
 
     Args:
-        dataset: the images; its `data.num_workers` processes load them.
+        dataset: the images.
         batch_size: images per batch.
+        order: positions of the images to load; None: all, as they are.
+        num_workers: processes that load; None: the dataset's `data.num_workers`.
 
     Returns:
         The loader, which yields `Batch`.
@@ -182,9 +167,8 @@ def build_loader(dataset: DetectionDataset, batch_size: int) -> DataLoader[Any]:
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=EpochSampler(dataset) if dataset.train else None,
-        num_workers=dataset.data.num_workers,
+        sampler=range(len(dataset)) if order is None else order,
+        num_workers=dataset.data.num_workers if num_workers is None else num_workers,
         collate_fn=collate,
-        persistent_workers=dataset.data.num_workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
