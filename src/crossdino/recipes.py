@@ -228,11 +228,11 @@ def compact() -> Config:
         ),
         evaluation=EvaluationConfig(num_select=200),
         training=TrainingConfig(
-            epochs=140,
+            epochs=72,
             batch_size=2,
             learning_rate=4e-4,
             backbone_learning_rate=2e-4,
-            drop_epochs=(115,),
+            drop_epochs=(58,),
             warmup_steps=100,
             precision="bf16",
             ema_decay=0.998,
