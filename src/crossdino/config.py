@@ -53,7 +53,8 @@ class ModelConfig:
         padding: `isolated` runs the backbone on each image without its padding, so that an image alone and the same
             image in a padded batch give the same boxes; `shared` runs it on the padded batch as the official DINO
             does, and reproduces the official numbers on padded batches.
-        num_denoising: budget of pairs of denoising queries in training; 0 switches denoising off.
+        num_denoising: pairs of denoising queries of an image that are computed at once; an image with fewer objects
+            shows each of them several times, one with more is computed in several rounds. 0 switches denoising off.
         label_noise_ratio: share of denoising labels that are drawn anew (half of it is effective, as in DINO).
         box_noise_scale: size of the denoising boxes' noise relative to half the box.
     """
@@ -96,6 +97,8 @@ class LossConfig:
         beta: exponent of the category-size label (Boost only).
         class_weight, l1_weight, giou_weight: weights of the losses.
         class_cost, l1_cost, giou_cost: weights of the matching costs.
+        ignore_overlap: a prediction that lies with at least this share of its area in a region to ignore (a crowd, an
+            ignore category) is no negative there.
     """
 
     classification: Literal["boost", "focal"] = "boost"
@@ -108,6 +111,7 @@ class LossConfig:
     class_cost: float = 2.0
     l1_cost: float = 5.0
     giou_cost: float = 2.0
+    ignore_overlap: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,19 @@ class DataConfig:
     """Where the data is and how images are prepared.
 
     Attributes:
+        source: a data set with its splits: a folder or a YAML file in COCO, YOLO or Pascal VOC layout (see
+            `crossdino.data.load_dataset`); the settings below go before it, split by split.
         train_annotations, val_annotations: COCO JSON files.
         train_images, val_images: folders of the images; None means the folder of the JSON file.
+        ignore_categories: names of categories that mark regions to ignore for every class (VisDrone: "ignored
+            regions", "others"); they are no classes.
+        check: `full` decodes every image before the first step (remembered by content, so once), `headers` reads only
+            the images' sizes.
+        tile_size: images are cut into square tiles of this side (pixels of the file) for training and validation; 0:
+            whole images.
+        tile_overlap: by how many pixels neighbouring tiles overlap at least.
+        tile_keep: an object of which less than this share lies in a tile is ignored there.
+        empty_tiles: tiles without objects that an epoch takes, as a share of those with objects.
         train_short_sides: one is drawn per image and step; the image's short side becomes that many pixels.
         train_long_side: the long side's upper limit in pixels while training.
         crop_short_sides: short sides (px) of the alternative branch resize -> random crop -> resize; empty: no crop.
@@ -125,15 +140,26 @@ class DataConfig:
         horizontal_flip, vertical_flip: probabilities.
         quarter_turns: turn by a random multiple of 90 degrees (for images without an upright direction).
         color_jitter: strength of random brightness, contrast and saturation; 0: off.
+        mosaic: probability that an image is put together from four.
+        copy_paste: probability that small objects of this and of another image are pasted into an image.
+        copy_paste_max_px: objects up to this size, sqrt(width x height) in pixels of the network's input, are pasted.
+        copy_paste_count: at most so many objects are pasted into an image.
         bad_boxes: boxes outside their image or of no size: `error` refuses the file and names them, `mend` clips them,
             leaves out what has no size, and says so once.
         num_workers: loader processes; 0 loads in the training process.
     """
 
+    source: str | None = None
     train_annotations: str | None = None
     train_images: str | None = None
     val_annotations: str | None = None
     val_images: str | None = None
+    ignore_categories: tuple[str, ...] = ()
+    check: Literal["full", "headers"] = "full"
+    tile_size: int = 0
+    tile_overlap: int = 64
+    tile_keep: float = 0.4
+    empty_tiles: float = 0.25
     train_short_sides: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     train_long_side: int = 1333
     crop_short_sides: tuple[int, ...] = (400, 500, 600)
@@ -144,6 +170,10 @@ class DataConfig:
     vertical_flip: float = 0.0
     quarter_turns: bool = False
     color_jitter: float = 0.0
+    mosaic: float = 0.0
+    copy_paste: float = 0.0
+    copy_paste_max_px: float = 32.0
+    copy_paste_count: int = 10
     bad_boxes: Literal["error", "mend"] = "error"
     num_workers: int = 2
 
@@ -155,12 +185,18 @@ class InferenceConfig:
     Attributes:
         short_side, long_side: the image is resized until its short side has `short_side` pixels, or its long side
             `long_side`, whichever comes first.
-        num_select: detections kept per image, the best (query, class) pairs.
+        num_select: detections kept per image or tile, the best (query, class) pairs.
+        tile_size: images are cut into square tiles of this side (pixels of the file); 0: whole images.
+        tile_overlap: by how many pixels neighbouring tiles overlap at least.
+        merge_iou: of boxes of one class from different tiles that overlap by more than this the best one stays.
     """
 
     short_side: int = 800
     long_side: int = 1333
     num_select: int = 300
+    tile_size: int = 0
+    tile_overlap: int = 64
+    merge_iou: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -168,12 +204,14 @@ class EvaluationConfig:
     """What is measured.
 
     Attributes:
-        num_select: detections kept per image, the best (query, class) pairs.
+        num_select: detections kept per image or tile, the best (query, class) pairs.
+        merge_iou: of boxes of one class from different tiles that overlap by more than this the best one stays.
         max_detections: detections per image and class that enter AP.
         size_bands: name -> (lower, upper) bound of sqrt(area) in pixels of the original image, both inclusive.
     """
 
     num_select: int = 300
+    merge_iou: float = 0.5
     max_detections: int = 100
     size_bands: dict[str, tuple[float, float]] = field(
         default_factory=lambda: {"small": (0.0, 32.0), "medium": (32.0, 96.0), "large": (96.0, 1e5)}
@@ -193,12 +231,23 @@ class TrainingConfig:
         backbone_learning_rate: of the backbone.
         weight_decay: AdamW's.
         clip_norm: largest norm of the gradient; 0: no clipping.
-        drop_epochs: after these epochs the learning rate is multiplied by `drop_factor`.
-        drop_factor: see `drop_epochs`.
+        schedule: of the learning rate after the warm-up: `step` multiplies it by `drop_factor` after each of
+            `drop_epochs`; `cosine` lets it fall to `final_factor` of its value over all epochs.
+        drop_epochs, drop_factor, final_factor: see `schedule`.
         warmup_steps: updates over which the learning rate rises linearly from 0.
-        precision: `fp32` or `bf16` (autocast).
+        precision: `fp32`, or `bf16` or `fp16` (autocast; fp16 with a scaled loss).
         ema_decay: decay of the exponential moving average of the weights that is evaluated and saved; 0: none.
         evaluate_every: epochs between evaluations; the last epoch is always evaluated.
+        best_metric: what the best checkpoint is chosen by: `ap`, `ap50`, `ap75`, or `ap <band>` for one of
+            `evaluation.size_bands`; `auto` takes the smallest band that holds enough objects.
+        patience: stop after so many evaluations without a better `best_metric`; 0: never.
+        save_minutes: minutes between checkpoints within an epoch; one is written after every epoch in any case.
+        activation_checkpointing: keep only the layers' inputs for the backward pass and compute the rest again: much
+            less memory, about a third more time.
+        compile: compile the model by torch.compile.
+        deterministic: use deterministic algorithms only, also on a GPU.
+        trackers: where losses and metrics go besides the log, the CSV file and the curves in the output folder:
+            `tensorboard`, `wandb`, `mlflow`, `trackio`.
         max_minutes: stop after this time at the end of a step, evaluate and save; 0: no limit.
         seed: of everything random.
     """
@@ -211,12 +260,21 @@ class TrainingConfig:
     backbone_learning_rate: float = 1e-5
     weight_decay: float = 1e-4
     clip_norm: float = 0.1
+    schedule: Literal["step", "cosine"] = "step"
     drop_epochs: tuple[int, ...] = (11,)
     drop_factor: float = 0.1
+    final_factor: float = 0.01
     warmup_steps: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     ema_decay: float = 0.0
     evaluate_every: int = 1
+    best_metric: str = "auto"
+    patience: int = 0
+    save_minutes: float = 10.0
+    activation_checkpointing: bool = False
+    compile: bool = False
+    deterministic: bool = False
+    trackers: tuple[str, ...] = ("tensorboard",)
     max_minutes: float = 0.0
     seed: int = 0
 

@@ -7,7 +7,7 @@ are absolute `xyxy` pixels of the original image. Labels are contiguous `0..K-1`
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,22 +21,28 @@ class Target:
         boxes_cxcywh: (n, 4) float32, normalised by the unpadded image's width and height, in [0, 1].
         labels: (n,) int64, contiguous class indices in [0, K).
         image_id: the dataset's own id of the image.
-        original_hw: height and width of the original image file in pixels, before any transform.
+        original_hw: height and width of the image, or of the tile cut out of it, in pixels of the file.
+        ignored_boxes_cxcywh: (m, 4) float32, regions in which nothing is known: predictions there are not negatives.
+        ignored_labels: (m,) int64, the class that a region is ignored for; -1 for all of them.
+        noise_seed: what the image's denoising queries are drawn from; None draws from torch's global generator.
+        origin_xy: where the tile's upper left corner lies in the image, in pixels of the file.
     """
 
     boxes_cxcywh: Tensor
     labels: Tensor
     image_id: int = 0
     original_hw: tuple[int, int] = (0, 0)
+    ignored_boxes_cxcywh: Tensor = field(default_factory=lambda: torch.zeros(0, 4))
+    ignored_labels: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    noise_seed: int | None = None
+    origin_xy: tuple[int, int] = (0, 0)
 
     def to(self, device: torch.device | str) -> Target:
         """The same target with its tensors on `device`."""
-        return Target(
-            self.boxes_cxcywh.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.image_id,
-            self.original_hw,
-        )
+        moved = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 @dataclass
@@ -79,21 +85,22 @@ class LayerOutput:
 class DenoisingOutput:
     """What the contrastive denoising queries became (training only).
 
-    The queries are laid out as `num_groups` groups of `2 * group_size` slots: first the positives, then the negatives.
-    Slot j of the positives of a group belongs to object j of its image; images with fewer than `group_size` objects
-    leave slots empty (`valid` is false there, and such a slot enters neither attention nor losses).
+    Every object has `2 * num_copies` queries, half of them positives (to be mended) and half negatives (to be
+    rejected). Which query belongs to what is decided image by image; slots that an image does not need are empty, and
+    enter neither attention nor losses.
 
     Attributes:
-        layers: one LayerOutput a decoder layer, of shapes (N, D, K) and (N, D, 4), D = num_groups * 2 * group_size.
-        num_groups: number of groups G.
-        group_size: P, the largest number of objects of an image of the batch.
-        valid: (N, P) bool, true where object slot j exists in the image.
+        layers: one LayerOutput a decoder layer, of shapes (N, D, K) and (N, D, 4).
+        objects: (N, D) int64, the object of the image that the query is a noisy copy of; -1 in empty slots.
+        positive: (N, D) bool, true for positives.
+        num_copies: (N,) int64, the number of positives of each object of the image, at least 1; an image's loss is
+            divided by it.
     """
 
     layers: list[LayerOutput]
-    num_groups: int
-    group_size: int
-    valid: Tensor
+    objects: Tensor
+    positive: Tensor
+    num_copies: Tensor
 
 
 @dataclass

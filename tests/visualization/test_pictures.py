@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import supervision as sv
-from matplotlib.figure import Figure
 from PIL import Image
 
-from crossdino import visualization
 from crossdino.errors import InputError
-from crossdino.visualization import draw_comparison, draw_detections, loss_curves, metric_curves
+from crossdino.visualization import detections as drawing
+from crossdino.visualization import draw_comparison, draw_detections
 
 GREY = 100
 
@@ -66,7 +63,7 @@ def test_many_small_boxes_change_only_their_outlines():
     for index, (left, top, right, bottom) in enumerate(boxes):
         expected[[top, bottom], left : right + 1] = True
         expected[top : bottom + 1, [left, right]] = True
-        own = visualization._CLASS_COLOURS[index % 2]
+        own = drawing._CLASS_COLOURS[index % 2]
         assert share_of(colours_along(picture, boxes[index]), own) == 1
     # too many and too small for labels: outlines of one pixel and nothing else
     np.testing.assert_array_equal(changed(picture, image), expected)
@@ -86,10 +83,8 @@ def test_few_detections_get_labels_and_large_boxes_among_many():
 
 def test_legend_counts_and_nothing_detected(monkeypatch):
     strips = []
-    original = visualization._with_strip
-    monkeypatch.setattr(
-        visualization, "_with_strip", lambda picture, *rest: strips.append(rest) or original(picture, *rest)
-    )
+    original = drawing._with_strip
+    monkeypatch.setattr(drawing, "_with_strip", lambda picture, *rest: strips.append(rest) or original(picture, *rest))
     image = Image.fromarray(background())
     draw_detections(image, detections([1, 1, 9, 9], [20, 20, 40, 40], [50, 50, 70, 70], classes=[1, 0, 1]))
     draw_detections(image, detections([1, 1, 9, 9], classes=[1]), class_names=["a", "b"])
@@ -115,22 +110,20 @@ def test_tiny_and_odd_images():
 
 def test_comparison_tells_found_missed_and_false(monkeypatch):
     strips = []
-    original = visualization._with_strip
-    monkeypatch.setattr(
-        visualization, "_with_strip", lambda picture, *rest: strips.append(rest) or original(picture, *rest)
-    )
+    original = drawing._with_strip
+    monkeypatch.setattr(drawing, "_with_strip", lambda picture, *rest: strips.append(rest) or original(picture, *rest))
     image = background()
     found, missed, false, weak = [50, 50, 90, 90], [200, 100, 230, 140], [300, 200, 340, 250], [20, 200, 60, 240]
     given = detections([52, 50, 92, 90], found, false, weak, scores=[0.6, 0.9, 0.8, 0.2])
     picture = draw_comparison(image, given, np.array([found, missed]), threshold=0.3)
-    assert share_of(colours_along(picture, found), visualization._FOUND_COLOUR) > 0.9
-    assert share_of(colours_along(picture, false), visualization._FALSE_COLOUR) == 1
-    assert 0.4 < share_of(colours_along(picture, missed), visualization._TRUTH_COLOUR) < 0.9, "not dashed"
+    assert share_of(colours_along(picture, found), drawing._FOUND_COLOUR) > 0.9
+    assert share_of(colours_along(picture, false), drawing._FALSE_COLOUR) == 1
+    assert 0.4 < share_of(colours_along(picture, missed), drawing._TRUTH_COLOUR) < 0.9, "not dashed"
     # the second detection of the same object is false
-    assert share_of(colours_along(picture, [52, 50, 92, 90])[-40:], visualization._FALSE_COLOUR) > 0.9
+    assert share_of(colours_along(picture, [52, 50, 92, 90])[-40:], drawing._FALSE_COLOUR) > 0.9
     # triangle over the missed object only
     marker = np.asarray(picture)[missed[1] - 7 : missed[1] - 3, 210:220].reshape(-1, 3)
-    assert share_of(marker, visualization._TRUTH_COLOUR) > 0.15
+    assert share_of(marker, drawing._TRUTH_COLOUR) > 0.15
     assert not changed(picture, image)[found[1] - 8 : found[1] - 2].any()
     assert not changed(picture, image)[weak[1] : weak[3], : weak[2]].any(), "below the threshold"
     text, legend = strips[0]
@@ -143,8 +136,8 @@ def test_comparison_minds_classes_when_given():
     given = detections(box, classes=[1])
     same = draw_comparison(image, given, np.array([box]), np.array([1]))
     other = draw_comparison(image, given, np.array([box]), np.array([0]))
-    assert share_of(colours_along(same, box), visualization._FOUND_COLOUR) == 1
-    assert share_of(colours_along(other, box), visualization._FOUND_COLOUR) == 0
+    assert share_of(colours_along(same, box), drawing._FOUND_COLOUR) == 1
+    assert share_of(colours_along(other, box), drawing._FOUND_COLOUR) == 0
 
 
 def test_comparison_of_nothing():
@@ -152,65 +145,3 @@ def test_comparison_of_nothing():
     for given, truth in ((sv.Detections.empty(), np.zeros((0, 4))), (detections([5, 5, 9, 9]), np.zeros((0, 4)))):
         assert draw_comparison(image, given, truth).width == 400
     assert changed(draw_comparison(image, sv.Detections.empty(), np.array([[5, 1, 30, 30]])), image).any()
-
-
-RECORDS = [
-    {"kind": "train", "step": 5, "epoch": 0, "lr": 1e-4, "loss": 9.0, "giou": 2.0, "seconds": 1.0},
-    {"kind": "train", "step": 10, "epoch": 0, "lr": 1e-4, "loss": 8.0, "giou": 1.5, "seconds": 2.0},
-    {
-        "kind": "eval",
-        "step": 10,
-        "epoch": 1,
-        "ap": 0.1,
-        "ap50": 0.3,
-        "ap75": None,
-        "by_size": {"small": 0.05, "x": None},
-    },
-    {"kind": "train", "step": 15, "epoch": 1, "lr": 1e-4, "loss": 7.0, "giou": 1.0, "denoising": 4.0, "seconds": 3.0},
-    {
-        "kind": "eval",
-        "step": 20,
-        "epoch": 2,
-        "ap": 0.2,
-        "ap50": 0.4,
-        "ap75": 0.1,
-        "by_size": {"small": 0.07, "x": None},
-    },
-]
-
-
-def lines_of(plot, kind: str) -> dict[str, list[list[float]]]:
-    axes = Figure().subplots()
-    plot(axes, visualization._records(RECORDS, kind))
-    return {
-        line.get_label(): [list(map(float, line.get_xdata())), list(map(float, line.get_ydata()))]
-        for line in axes.lines
-    }
-
-
-def test_curves_say_what_the_log_says():
-    losses = lines_of(visualization._plot_losses, "train")
-    assert losses["total"] == [[0.5, 1.0, 1.5], [9.0, 8.0, 7.0]]
-    assert losses["denoising"] == [[1.5], [4.0]]
-    assert set(losses) == {"total", "giou", "denoising"}
-    metrics = lines_of(visualization._plot_metrics, "eval")
-    assert set(metrics) == {"AP", "AP50", "AP75", "AP small"}
-    assert metrics["AP"] == [[1, 2], pytest.approx([10, 20])]
-    assert metrics["AP75"] == [[2], pytest.approx([10])]
-
-
-def test_curves_from_a_file_that_is_still_being_written(tmp_path):
-    log = tmp_path / "log.jsonl"
-    text = "".join(json.dumps(record) + "\n" for record in RECORDS)
-    log.write_text(text + '{"kind": "tra')
-    for draw in (loss_curves, metric_curves):
-        draw(log, tmp_path / "curve.png")
-        with Image.open(tmp_path / "curve.png") as picture:
-            assert np.asarray(picture.convert("L")).std() > 5, "an empty picture"
-    log.write_text("{broken\n" + text)
-    with pytest.raises(InputError, match=r"log\.jsonl: line 1 "):
-        loss_curves(log, tmp_path / "curve.png")
-    with pytest.raises(InputError, match="'eval'"):
-        metric_curves(RECORDS[:1], tmp_path / "curve.png")
-    with pytest.raises(InputError, match="cannot be read"):
-        loss_curves(tmp_path / "missing.jsonl", tmp_path / "curve.png")

@@ -1,0 +1,8 @@
+"""Everything that is drawn."""
+
+from __future__ import annotations
+
+from crossdino.visualization.curves import loss_curves, metric_curves
+from crossdino.visualization.detections import draw_comparison, draw_detections
+
+__all__ = ["draw_comparison", "draw_detections", "loss_curves", "metric_curves"]
