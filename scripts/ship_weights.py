@@ -17,7 +17,7 @@ from pathlib import Path
 from crossdino.checkpoints import load_model, read_model_config, save_model
 from crossdino.cli import main as crossdino
 from crossdino.config import from_dict, read_yaml, with_changes, write_yaml
-from crossdino.data.formats import load_coco
+from crossdino.data.coco import load_coco
 from crossdino.model_card import model_card, size_histogram
 
 SIZE_BANDS = "small=0-32,medium=32-96"

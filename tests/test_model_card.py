@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from crossdino.config import Config, InferenceConfig
-from crossdino.data.formats import DatasetIndex, ImageRecord, Problems
+from crossdino.data.index import DatasetIndex, ImageRecord, Problems
 from crossdino.evaluation.average_precision import evaluate_detections
 from crossdino.model_card import SIZE_EDGES_PX, SizeHistogram, model_card, size_histogram
 from crossdino.models.detector import CrossDINO

@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from crossdino.config import InferenceConfig
-from crossdino.data.formats import DatasetIndex
+from crossdino.data.index import DatasetIndex
 from crossdino.data.transforms import resize_hw
 
 if TYPE_CHECKING:

@@ -1,314 +1,239 @@
-"""COCO files, good and bad, made by hand."""
+"""Which format a data set is in, where its splits lie, and that all formats say the same."""
 
 from __future__ import annotations
 
-import copy
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import supervision
 from PIL import Image
-from pycocotools.coco import COCO
 
-from crossdino.data.formats import DatasetIndex, load_coco
+from crossdino.data import DatasetIndex, find_splits, load_coco, load_dataset
+from crossdino.data.coco import CocoSplit
 from crossdino.errors import InputError
 
-GOOD: dict[str, Any] = {
-    "images": [
-        {"id": 7, "file_name": "a.png", "width": 40, "height": 30},
-        {"id": 3, "file_name": "sub/b.png", "width": 20, "height": 50},
-        {"id": 5, "file_name": "empty.png", "width": 8, "height": 8},
-    ],
-    "categories": [{"id": 90, "name": "bus"}, {"id": 0, "name": "car"}, {"id": 17, "name": "van"}],
-    "annotations": [
-        {"id": 1, "image_id": 3, "category_id": 90, "bbox": [1, 2, 3.5, 4.25], "area": 9.0, "iscrowd": 0},
-        {"id": 2, "image_id": 7, "category_id": 0, "bbox": [10, 10, 5, 5]},
-        {"id": 3, "image_id": 3, "category_id": 17, "bbox": [0, 0, 20, 50], "area": 1000, "iscrowd": 1},
-    ],
-}
+CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 11, "name": "dog"}]
 
 
-def write(folder: Path, document: object, sizes: dict[str, tuple[int, int]] | None = None) -> Path:
-    """The document as `data.json`, with black images beside it."""
-    for name, size in (sizes or {"a.png": (40, 30), "sub/b.png": (20, 50), "empty.png": (8, 8)}).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", size).save(folder / name)
-    path = folder / "data.json"
-    path.write_text(document if isinstance(document, str) else json.dumps(document), encoding="utf-8")
+def write_coco(path: Path, images: Path, name: str = "a.png") -> Path:
+    """A COCO file with one image of 40 x 30 pixels and one box."""
+    for folder in (path.parent, images):
+        folder.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 30)).save(images / name)
+    document = {
+        "images": [{"id": 1, "file_name": name, "width": 40, "height": 30}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 1, 5, 5]}],
+        "categories": CATEGORIES,
+    }
+    path.write_text(json.dumps(document))
     return path
 
 
-def changed(**changes: Any) -> dict[str, Any]:
-    return {**copy.deepcopy(GOOD), **changes}
-
-
-def load_boxes(folder: Path, *annotations: dict[str, Any]) -> DatasetIndex:
-    """Annotations of image 7 (40 x 30 pixels) and category 0, unless they say otherwise."""
-    entries = [
-        {"id": number, "image_id": 7, "category_id": 0, **entry} for number, entry in enumerate(annotations, start=1)
-    ]
-    return load_coco(write(folder, changed(annotations=entries)))
-
-
-def test_good_file(tmp_path: Path) -> None:
-    index = load_coco(write(tmp_path, GOOD))
-    assert index.class_names == ("car", "van", "bus")  # by id: 0, 17, 90
-    assert index.category_ids == (0, 17, 90)
-    assert index.label_of == {0: 0, 17: 1, 90: 2}
-    assert [record.image_id for record in index.records] == [7, 3, 5]  # the file's order
-    a, b, empty = index.records
-    assert b.path == tmp_path / "sub" / "b.png"
-    np.testing.assert_array_equal(b.boxes_xywh, [[1, 2, 3.5, 4.25], [0, 0, 20, 50]])
-    np.testing.assert_array_equal(b.labels, [2, 1])
-    np.testing.assert_array_equal(b.areas, [9, 1000])
-    np.testing.assert_array_equal(b.iscrowd, [False, True])
-    np.testing.assert_array_equal(a.areas, [25])  # no area in the file: width x height
-    assert empty.boxes_xywh.shape == (0, 4) and empty.labels.shape == (0,) and empty.labels.dtype == np.int64
-    assert index.num_objects == 2
-    assert not index.problems and index.problems.lines() == []
-
-
-def test_sample_agrees_with_pycocotools(capsys: pytest.CaptureFixture[str]) -> None:
-    path = Path(__file__).resolve().parents[2] / "sample" / "val_strip.json"
-    index, oracle = load_coco(path), COCO(str(path))
-    for record in index.records:
-        entries = oracle.loadAnns(oracle.getAnnIds(imgIds=[record.image_id]))
-        np.testing.assert_array_equal(record.boxes_xywh, [entry["bbox"] for entry in entries])
-        np.testing.assert_array_equal(record.areas, [entry["area"] for entry in entries])
-    assert index.num_objects == len(oracle.anns)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("", "is empty"),
-        ("{", "not valid JSON"),
-        ("[" * 100_000, "not valid JSON"),
-        ("[]", "as predictions are"),
-        ("3", "not a COCO detection file"),
-        ({"images": [], "annotations": []}, "no list 'categories'"),
-        ({"a": 1}, "no list 'images'"),
-        (changed(images={"id": 1}), "no list 'images'"),
-        (changed(images=[]), "'images' is empty"),
-        (changed(categories=[]), "'categories' is empty"),
-        (changed(images=[3]), "entry 0 of 'images'"),
-        (changed(annotations=[None]), "entry 0 of 'annotations'"),
-        (changed(images=[{"id": 1, "width": 4, "height": 4}]), "image 1 has no 'file_name'"),
-        (changed(images=[{"id": "x", "file_name": "a.png"}]), "'x'; it must be an integer"),
-        (changed(images=[GOOD["images"][0], GOOD["images"][0]]), "two images have the id 7"),
-        (changed(categories=[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]), "two categories have the id 1"),
-        (changed(categories=[{"name": "a"}]), "entry 0 of 'categories'"),
-        (changed(categories=[{"id": 1}]), "entry 0 of 'categories'"),
-        (changed(categories=[{"id": 55, "name": "other"}]), "different datasets"),
-        (
-            changed(annotations=[{"id": 1, "image_id": 99, "category_id": 0, "bbox": [1, 1, 2, 2]}]),
-            "different datasets",
-        ),
-        (
-            changed(annotations=[{"id": 1, "image_id": 7, "category_id": 0, "bbox": [0.25, 0.5, 0.5, 0.25]}]),
-            "COCO boxes are pixels",
-        ),
-    ],
-)
-def test_fatal_mistakes(tmp_path: Path, content: object, words: str) -> None:
-    path = write(tmp_path, content)
-    with pytest.raises(InputError) as caught:
-        load_coco(path)
-    message = str(caught.value)
-    assert words in message and str(path) in message and "\n" not in message
-
-
-def test_missing_annotation_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not exist"):
-        load_coco(tmp_path / "none.json")
-    (tmp_path / "folder.json").mkdir()
-    with pytest.raises(InputError, match="cannot be read"):
-        load_coco(tmp_path / "folder.json")
-    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00\x01\xd8")
-    with pytest.raises(InputError, match="cannot be read"):
-        load_coco(tmp_path / "binary.json")
-
-
-def test_byte_order_mark(tmp_path: Path) -> None:
-    assert len(load_coco(write(tmp_path, "\ufeff" + json.dumps(GOOD))).records) == 3
-
-
-def test_spoilt_boxes_are_counted(tmp_path: Path) -> None:
-    index = load_boxes(
-        tmp_path,
-        {"bbox": [1, 1, 4, 4]},  # the one good box
-        {"bbox": [1, 1, float("nan"), 4]},
-        {"bbox": [1, 1, float("inf"), 4]},
-        {"bbox": [1, 1, 10**400, 4]},
-        {"bbox": [1, 1, 4]},
-        {"bbox": None},
-        {"bbox": ["1", "1", "2", "2"]},
-        {},
-        {"bbox": [1, 1, 0, 4]},
-        {"bbox": [5, 5, -3, 4]},
-        {"bbox": [50, 5, 3, 4]},  # right of the image
-        {"bbox": [-9, 5, 9, 4]},  # touches the left border from outside
-        {"image_id": 99, "bbox": [1, 1, 4, 4]},
-        {"image_id": None, "bbox": [1, 1, 4, 4]},
-        {"category_id": 4, "bbox": [1, 1, 4, 4]},
-        {"id": 1, "category_id": 17, "bbox": [2, 2, 4, 4]},
-        {"category_id": 90, "bbox": [2, 2, 4, 4]},
-    )
-    assert index.problems.counts == {
-        "annotations of unknown images left out": 2,
-        "annotations of unknown or unwanted categories left out": 1,
-        "annotations without a box of four numbers left out": 7,
-        "annotation ids used again": 1,
-        "boxes of no size left out": 2,
-        "boxes outside their image left out": 2,
+def write_all(folder: Path, seed: int = 0) -> dict[str, Path]:
+    """The same six images with the same integer boxes as COCO, YOLO and VOC (the last image has no box)."""
+    rng = np.random.default_rng(seed)
+    names = [f"im {number} ü.png" for number in range(6)]
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    places = {
+        "coco": folder / "coco" / "train",
+        "yolo": folder / "yolo" / "images" / "train",
+        "voc": folder / "voc" / "JPEGImages",
     }
-    np.testing.assert_array_equal(index.records[0].boxes_xywh, [[1, 1, 4, 4], [2, 2, 4, 4], [2, 2, 4, 4]])
-    line = next(line for line in index.problems.lines() if "no size" in line)
-    assert line == "2 boxes of no size left out: annotation 9 of image 7, annotation 10 of image 7"
-    line = next(line for line in index.problems.lines() if "four numbers" in line)
-    assert line.startswith("7 ") and line.endswith(", ...") and line.count("annotation ") == 3
+    for place in (*places.values(), folder / "yolo" / "labels" / "train", folder / "voc" / "Annotations"):
+        place.mkdir(parents=True)
+    for number, name in enumerate(names, start=1):
+        width, height = rng.integers(50, 90, 2).tolist()
+        images.append({"id": number, "file_name": name, "width": width, "height": height})
+        for place in places.values():
+            Image.new("RGB", (width, height)).save(place / name)
+        lines, objects = [], []
+        for _ in range(0 if number == 6 else int(rng.integers(1, 5))):
+            # From 1 on: a VOC data set with a box at 0 would be read as counted from 0.
+            x, y = int(rng.integers(1, width - 9)), int(rng.integers(1, height - 9))
+            w, h, label = *rng.integers(2, 9, 2).tolist(), int(rng.integers(0, 2))
+            box = {"image_id": number, "category_id": CATEGORIES[label]["id"], "bbox": [x, y, w, h]}
+            annotations.append({"id": len(annotations) + 1, **box})
+            shares = ((x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
+            lines.append(f"{label} {' '.join(f'{share:.12f}' for share in shares)}")
+            corners = zip(("xmin", "ymin", "xmax", "ymax"), (x + 1, y + 1, x + w, y + h), strict=True)
+            inner = "".join(f"<{tag}>{value}</{tag}>" for tag, value in corners)
+            objects.append(f"<object><name>{CATEGORIES[label]['name']}</name><bndbox>{inner}</bndbox></object>")
+        (folder / "yolo" / "labels" / "train" / name).with_suffix(".txt").write_text("\n".join(lines))
+        size = f"<size><width>{width}</width><height>{height}</height></size>"
+        text = f"<annotation><filename>{name}</filename>{size}{''.join(objects)}</annotation>"
+        (folder / "voc" / "Annotations" / name).with_suffix(".xml").write_text(text, encoding="utf-8")
+    (folder / "yolo" / "data.yaml").write_text("names: {0: cat, 1: dog}\ntrain: images/train\n")
+    document = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+    (folder / "coco" / "train.json").write_text(json.dumps(document))
+    return {name: folder / name for name in places}
 
 
-def test_boxes_are_clipped(tmp_path: Path) -> None:
-    index = load_boxes(
-        tmp_path,
-        {"bbox": [-5, -6, 10, 10], "area": 70},
-        {"bbox": [35, 25, 100, 100]},
-        {"bbox": [10, 10, 30.2, 5]},  # 0.2 px too far: rounding, clipped but not told
-        *[{"bbox": [1, 1, 2, 2]}] * 5,
-    )
-    np.testing.assert_allclose(
-        index.records[0].boxes_xywh[:3], [[0, 0, 5, 4], [35, 25, 5, 5], [10, 10, 30, 5]], rtol=0, atol=1e-12
-    )
-    assert index.records[0].areas[:2].tolist() == [70, 25]  # the file's area stays
-    assert index.problems.counts["boxes clipped to their image"] == 2
+@pytest.mark.parametrize("check", ["headers", "full"])
+def test_all_formats_give_the_same(tmp_path: Path, check: Any) -> None:
+    indices = {name: load_dataset(folder, check=check) for name, folder in write_all(tmp_path).items()}
+    coco = indices["coco"]
+    assert coco.num_objects > 6 and [len(record.labels) for record in coco.records][-1] == 0
+    assert {name: index.category_ids for name, index in indices.items()} == {
+        "coco": (3, 11),
+        "yolo": (0, 1),
+        "voc": (1, 2),
+    }
+    for index in indices.values():
+        assert index.class_names == ("cat", "dog") and not index.problems
+        for ours, theirs in zip(index.records, coco.records, strict=True):
+            assert (ours.image_id, ours.path.name) == (theirs.image_id, theirs.path.name)
+            assert (ours.width, ours.height, ours.apply_exif) == (theirs.width, theirs.height, True)
+            np.testing.assert_allclose(ours.boxes_xywh, theirs.boxes_xywh, rtol=0, atol=1e-9)  # 12 decimals
+            np.testing.assert_array_equal(ours.labels, theirs.labels)
+            np.testing.assert_allclose(ours.areas, theirs.areas, rtol=1e-9)
+            np.testing.assert_array_equal(ours.iscrowd, theirs.iscrowd)
 
 
-def test_corner_boxes_are_suspected(tmp_path: Path) -> None:
-    """Boxes given as x1 y1 x2 y2 leave the image when read as COCO's."""
-    index = load_boxes(tmp_path, {"bbox": [20, 15, 38, 28]}, {"bbox": [25, 5, 30, 12]}, {"bbox": [1, 1, 5, 5]})
-    assert any("x1 y1 x2 y2" in line for line in index.problems.lines())
+def test_supervision_reads_the_same_coco_file(tmp_path: Path) -> None:
+    folder = write_all(tmp_path, seed=1)["coco"]
+    index = load_dataset(folder)
+    theirs = supervision.DetectionDataset.from_coco(str(folder / "train"), str(folder / "train.json"))
+    assert theirs.classes == list(index.class_names)
+    for record in index.records:
+        found = theirs.annotations[str(record.path)]
+        corners = record.boxes_xywh + np.pad(record.boxes_xywh[:, :2], ((0, 0), (2, 0)))
+        np.testing.assert_array_equal(corners, found.xyxy)
+        np.testing.assert_array_equal(record.labels, found.class_id)
 
 
-def test_wanted_class_names(tmp_path: Path) -> None:
-    path = write(tmp_path, GOOD)
-    index = load_coco(path, class_names=("bus", "car"))
-    assert index.class_names == ("bus", "car") and index.category_ids == (90, 0)
-    assert index.records[0].labels.tolist() == [1] and index.records[1].labels.tolist() == [0]
-    assert index.problems.counts == {"annotations of unknown or unwanted categories left out": 1}
-    with pytest.raises(InputError, match="no category 'tram'"):
-        load_coco(path, class_names=("car", "tram"))
-
-
-def test_categories_of_one_name(tmp_path: Path) -> None:
-    categories = [{"id": 0, "name": "car"}, {"id": 17, "name": "car"}, {"id": 90, "name": "bus"}]
-    index = load_coco(write(tmp_path, changed(categories=categories)))
-    assert index.class_names == ("car", "bus") and index.category_ids == (0, 90)
-    assert index.records[1].labels.tolist() == [1, 0]
-    assert index.problems.counts == {"categories of one name joined": 1}
-
-
-def test_unused_class_is_told(tmp_path: Path) -> None:
-    index = load_coco(write(tmp_path, changed(annotations=GOOD["annotations"][:2])))
-    assert index.problems.lines() == ["1 classes without any box: 'van'"]
-
-
-@pytest.mark.parametrize("folder", [".", "data", "images"])
-def test_image_folder_is_found(tmp_path: Path, folder: str) -> None:
-    write(tmp_path / folder, GOOD)
-    path = tmp_path / "data.json"
-    path.write_text(json.dumps(GOOD))
-    index = load_coco(path)
-    assert index.records[0].path == tmp_path / folder / "a.png"
-    assert load_coco(path, tmp_path / folder).records[1].path == tmp_path / folder / "sub" / "b.png"
-
-
-def test_missing_images(tmp_path: Path) -> None:
-    path = write(tmp_path, GOOD)
-    (tmp_path / "sub" / "b.png").unlink()
-    with pytest.raises(InputError) as caught:
-        load_coco(path)
-    assert "1 of the 3 images" in str(caught.value) and "sub/b.png" in str(caught.value)
-    assert f"folder {tmp_path})" in str(caught.value)
-    with pytest.raises(InputError, match="image folder .*nowhere does not exist"):
-        load_coco(path, tmp_path / "nowhere")
-    index = load_coco(path, require_images=False)
-    assert index.records[1].path.name == "b.png" and index.num_objects == 2
-
-
-def test_windows_separators(tmp_path: Path) -> None:
-    document = copy.deepcopy(GOOD)
-    document["images"][1]["file_name"] = "sub\\b.png"
-    assert load_coco(write(tmp_path, document)).records[1].path == tmp_path / "sub" / "b.png"
-
-
-def test_size_differs(tmp_path: Path) -> None:
-    path = write(tmp_path, GOOD, {"a.png": (80, 60), "sub/b.png": (20, 50), "empty.png": (8, 8)})
-    with pytest.raises(InputError) as caught:
-        load_coco(path)
-    assert "80 x 60" in str(caught.value) and "40 x 30" in str(caught.value) and "a.png" in str(caught.value)
-
-
-def test_size_absent(tmp_path: Path) -> None:
-    document = copy.deepcopy(GOOD)
-    del document["images"][0]["width"]
-    path = write(tmp_path, document)
-    assert (load_coco(path).records[0].width, load_coco(path).records[0].height) == (40, 30)
-    with pytest.raises(InputError, match="no 'width' and 'height'"):
-        load_coco(path, require_images=False)
-
-
-@pytest.mark.parametrize(("size", "apply_exif"), [((30, 40), True), ((40, 30), False)])
-def test_declared_size_decides_about_exif(tmp_path: Path, size: tuple[int, int], apply_exif: bool) -> None:
-    """A file stored as 40 x 30 that EXIF shows as 30 x 40: either may be what the boxes refer to."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
-    path = tmp_path / "x.json"
-    image = {"id": 1, "file_name": "a.jpg", "width": size[0], "height": size[1]}
-    path.write_text(json.dumps({"images": [image], "annotations": [], "categories": [{"id": 1, "name": "c"}]}))
-    record = load_coco(path).records[0]
-    assert (record.width, record.height) == size and record.apply_exif is apply_exif
-
-
-def test_broken_image_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path, GOOD)
-    (tmp_path / "empty.png").write_bytes(b"not an image")
-    with pytest.raises(InputError, match=r"empty\.png is not an image"):
-        load_coco(path)
-
-
-def test_ground_truth_round_trip(tmp_path: Path) -> None:
-    index = load_coco(write(tmp_path, GOOD))
-    again = tmp_path / "again.json"
-    again.write_text(json.dumps(index.to_coco()))
-    copied = load_coco(again)
-    assert copied.class_names == index.class_names and copied.category_ids == index.category_ids
-    for ours, theirs in zip(index.records, copied.records, strict=True):
-        assert ours.image_id == theirs.image_id
-        np.testing.assert_array_equal(ours.boxes_xywh, theirs.boxes_xywh)
-        np.testing.assert_array_equal(ours.labels, theirs.labels)
-        np.testing.assert_array_equal(ours.areas, theirs.areas)
-        np.testing.assert_array_equal(ours.iscrowd, theirs.iscrowd)
-    bboxes = [entry["bbox"] for entry in index.to_coco()["annotations"]]
-    assert bboxes == [[10, 10, 5, 5], [1, 2, 3.5, 4.25], [0, 0, 20, 50]]
+def only(index: DatasetIndex) -> Path:
+    (record,) = index.records
+    assert record.labels.tolist() == [0]
+    return record.path
 
 
 @pytest.mark.parametrize(
-    ("box", "words"),
+    ("file", "images"),
     [
-        ([30, 5, 20, 5], "clipped"),
-        ([100, 100, 5, 5], "outside"),
-        ([3, 3, 0, 4], "no size"),
-        ([3, 3, None, 4], "four numbers"),
+        ("{}.json", "{}"),
+        ("{}.json", "."),
+        ("{}.json", "images"),
+        ("{}.json", "images/{}"),
+        ("annotations/instances_{}2017.json", "{}2017"),
+        ("annotations/instances_{}2017.json", "images/{}2017"),
+        ("annotations/instances_{}.json", "images/{}"),
+        ("annotations/instances_{}.json", "images"),
+        ("annotations/{}.json", "{}"),
+        ("annotations/aitod_{}_v1.json", "{}"),
+        ("{}/_annotations.coco.json", "{}"),
+        ("{}/annotations.json", "{}/images"),
+        ("{}/labels.json", "{}/data"),
     ],
 )
-def test_bad_boxes_are_refused_where_nobody_asked_to_mend_them(tmp_path: Path, box: list[Any], words: str) -> None:
-    good = {"bbox": [1, 1, 5, 5]}
-    index = load_boxes(tmp_path, good, {"bbox": box, "id": 77}, good, good)
-    with pytest.raises(InputError, match=rf"{re.escape(str(index.annotations))}.*{words}.*77.*data\.bad_boxes mend"):
-        index.refuse_bad_boxes()
-    load_boxes(tmp_path, good).refuse_bad_boxes()  # nothing to mend: nothing to refuse
+@pytest.mark.parametrize("val", ["val", "valid"])
+def test_coco_layouts(tmp_path: Path, file: str, images: str, val: str) -> None:
+    for split in ("train", val):
+        write_coco(tmp_path / file.format(split), tmp_path / images.format(split), f"{split}.png")
+    assert list(find_splits(tmp_path)) == ["train", "val"]
+    assert only(load_dataset(tmp_path)) == tmp_path / images.format("train") / "train.png"
+    assert only(load_dataset(tmp_path, "val")) == tmp_path / images.format(val) / f"{val}.png"
+
+
+def test_other_files_among_annotations(tmp_path: Path) -> None:
+    """COCO's own folder: captions, key points, and lists of images without annotations."""
+    folder = tmp_path / "annotations"
+    write_coco(folder / "instances_train2017.json", tmp_path / "train2017")
+    write_coco(folder / "instances_val2017.json", tmp_path / "val2017")
+    for name in ("captions_train2017", "person_keypoints_val2017", "image_info_test2017", "image_info_test-dev2017"):
+        (folder / f"{name}.json").write_text("{}")
+    assert find_splits(tmp_path) == {
+        "train": CocoSplit(folder / "instances_train2017.json", tmp_path / "train2017"),
+        "val": CocoSplit(folder / "instances_val2017.json", tmp_path / "val2017"),
+    }
+    (folder / "instances_train2014.json").write_text("{}")
+    with pytest.raises(InputError, match="several files for train .*instances_train2014.json.*choose by --data.train"):
+        find_splits(tmp_path)
+    (tmp_path / "train.json").write_text("{}")  # goes before what lies deeper
+    assert find_splits(tmp_path)["train"] == CocoSplit(tmp_path / "train.json")
+
+
+def test_trainval_is_for_training(tmp_path: Path) -> None:
+    write_coco(tmp_path / "annotations" / "aitod_trainval_v1.json", tmp_path / "images")
+    write_coco(tmp_path / "annotations" / "aitod_test_v1.json", tmp_path / "images")
+    assert list(find_splits(tmp_path)) == ["train", "test"]
+    write_coco(tmp_path / "annotations" / "aitod_train_v1.json", tmp_path / "images")
+    assert find_splits(tmp_path)["train"].place.endswith("aitod_train_v1.json")
+
+
+def test_yaml_file_for_coco(tmp_path: Path) -> None:
+    write_coco(tmp_path / "deep" / "labels" / "first.json", tmp_path / "deep" / "pictures")
+    write_coco(tmp_path / "deep" / "second.json", tmp_path / "deep")
+    yaml = tmp_path / "mine.yaml"
+    yaml.write_text(
+        "path: deep\ntrain: {annotations: labels/first.json, images: pictures}\nvalid: {annotations: second.json}\n"
+        "test: second.json\n"
+    )
+    for source in (yaml, tmp_path):  # the only data file of a folder is found there
+        assert list(find_splits(source)) == ["train", "val", "test"]
+        assert only(load_dataset(source)) == tmp_path / "deep" / "pictures" / "a.png"
+        assert only(load_dataset(source, "val")) == only(load_dataset(source, "test")) == tmp_path / "deep" / "a.png"
+    yaml.write_text("train: {annotation: labels/first.json}\n")
+    with pytest.raises(InputError, match=r"mine\.yaml: 'train' must hold 'annotations: FILE\.json'"):
+        find_splits(yaml)
+
+
+def test_json_file(tmp_path: Path) -> None:
+    path = write_coco(tmp_path / "x.json", tmp_path)
+    assert find_splits(path) == {"train": CocoSplit(path)}  # so that training knows that there is no validation data
+    assert only(load_dataset(path)) == only(load_dataset(str(path), "val")) == only(load_coco(path))
+    (tmp_path / "a.png").unlink()
+    assert only(load_dataset(path, require_images=False)).name == "a.png"
+
+
+def test_options_reach_every_format(tmp_path: Path) -> None:
+    for folder in write_all(tmp_path).values():
+        seen: list[int] = []
+        index = load_dataset(
+            folder,
+            class_names=("dog",),
+            ignore_categories=("cat",),
+            check="full",
+            on_progress=lambda done, total, seen=seen: seen.append(total),
+        )
+        assert index.class_names == ("dog",) and seen == [6] * 6
+        assert {label for record in index.records for label in record.labels.tolist()} == {0, -1}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("nothing.yaml", "does not exist"), ("notes.txt", "is no data set"), ("config.yaml", "does not describe data")],
+)
+def test_files_that_are_no_data(tmp_path: Path, name: str, words: str) -> None:
+    if name != "nothing.yaml":
+        (tmp_path / name).write_text("training: {epochs: 3}\n")
+    with pytest.raises(InputError, match=words):
+        find_splits(tmp_path / name)
+
+
+def test_nothing_found(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("training: {epochs: 3}\n")
+    with pytest.raises(InputError) as caught:
+        find_splits(tmp_path)
+    message = str(caught.value)
+    for word in (str(tmp_path), "train.json", "data.yaml", "Annotations/*.xml"):
+        assert word in message
+    assert "\n" not in message
+
+
+def test_several_things_found(tmp_path: Path) -> None:
+    folders = write_all(tmp_path)
+    write_coco(folders["yolo"] / "train.json", folders["yolo"])
+    with pytest.raises(
+        InputError, match=r"holds a data file \(data\.yaml\) and COCO files; give the one that is meant"
+    ):
+        find_splits(folders["yolo"])
+    (folders["yolo"] / "data.yaml").unlink()  # labels without names are no choice
+    assert list(find_splits(folders["yolo"])) == ["train"] and only(load_dataset(folders["yolo"])).name == "a.png"
+    for name in ("one.yaml", "two.yml"):
+        (folders["voc"] / name).write_text("names: [a]\ntrain: JPEGImages\n")
+    with pytest.raises(InputError, match=r"several data files \(one\.yaml, two\.yml\); name one of them"):
+        find_splits(folders["voc"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crossdino.data.formats import load_coco
+from crossdino.data.coco import load_coco
 
 SAMPLE = Path(__file__).resolve().parents[2] / "sample"
 LARGE = "2019_YELL_2_528000_4978000_image_crop2.png"
