@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
@@ -10,15 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from crossdino.config import DataConfig
 from crossdino.data.transforms import (
     Sample,
-    augment,
     crop,
     flip_horizontally,
     flip_vertically,
     normalize,
-    random_crop,
     resize,
     resize_hw,
     resize_image,
@@ -34,7 +30,8 @@ def painted(hw: tuple[int, int], boxes: list[tuple[int, int, int, int]]) -> tupl
         mask[y1:y2, x1:x2] = 255
     image = torch.zeros(3, *hw, dtype=torch.uint8)
     box_tensor = torch.tensor(boxes, dtype=torch.float64).view(-1, 4)
-    return Sample(image, box_tensor, torch.arange(len(boxes))), masks
+    labels = torch.arange(len(boxes))
+    return Sample(image, box_tensor, labels, labels % 3 == 1), masks
 
 
 def extent(mask: np.ndarray) -> list[int]:
@@ -74,6 +71,7 @@ def test_boxes_follow_the_pixels(name: str) -> None:
             expected_boxes.append(extent(image))
             expected_labels.append(label)
     assert moved.labels.tolist() == expected_labels
+    assert moved.ignored.tolist() == [label % 3 == 1 for label in expected_labels]
     np.testing.assert_allclose(moved.boxes_xyxy.numpy(), np.array(expected_boxes), atol=1e-9)  # float64 arithmetic
 
 
@@ -101,7 +99,61 @@ def test_crop_keeps_fractions_and_drops_touching() -> None:
 def test_no_boxes_stay_no_boxes() -> None:
     sample, _ = painted((16, 20), [])
     for move in MOVES.values():
-        assert move(sample).boxes_xyxy.shape == (0, 4)
+        moved = move(sample)
+        assert moved.boxes_xyxy.shape == (0, 4) and moved.labels.shape == (0,)
+        assert moved.ignored.shape == (0,) and moved.ignored.dtype == torch.bool
+
+
+def test_nothing_is_ignored_unless_said() -> None:
+    sample = Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(3, 4), torch.arange(3))
+    assert sample.ignored.dtype == torch.bool and sample.ignored.tolist() == [False] * 3
+    with pytest.raises(AssertionError):
+        Sample(sample.image, sample.boxes_xyxy, sample.labels, torch.ones(2, dtype=torch.bool))
+
+
+def test_cut_objects_become_ignored() -> None:
+    """By hand, at keep = 0.4: of 10 x 10 objects are left 30, 40, 50 and 100 pixels; a region to ignore stays one."""
+    boxes = [(10, 0, 20, 10), (9, 20, 19, 30), (8, 40, 18, 50), (0, 60, 10, 70), (12, 80, 22, 90), (13, 90, 23, 100)]
+    box_tensor = torch.tensor(boxes, dtype=torch.float64)
+    ignored = torch.tensor([False, False, False, False, True, False])
+    sample = Sample(torch.zeros(3, 100, 40, dtype=torch.uint8), box_tensor, torch.tensor([5, 6, 7, 8, -1, 9]), ignored)
+    cut = crop(sample, 0, 0, (100, 13), keep=0.4)  # the last object touches the cut only
+    assert cut.labels.tolist() == [5, 6, 7, 8, -1]
+    assert cut.ignored.tolist() == [True, False, False, False, True]
+    assert cut.boxes_xyxy[0].tolist() == [10, 0, 13, 10]
+    assert crop(sample, 0, 0, (100, 13)).ignored.tolist() == [False, False, False, False, True]
+    assert not crop(sample, 0, 0, (100, 40), keep=1.0).ignored[:4].any()
+    row = Sample(torch.zeros(3, 5, 20, dtype=torch.uint8), torch.tensor([[0.0, 0, 20, 5]]).double(), torch.tensor([0]))
+    assert not crop(row, 0, 0, (5, 11), keep=0.55).ignored.any()  # 55 of 100; 0.55 * 100 is 55.00000000000001
+
+
+def test_share_that_is_left_against_pixels() -> None:
+    """Random cuts of random objects, at a random keep: exactly those become ignored that have too few pixels left."""
+    generator = np.random.default_rng(4)
+    for _ in range(200):
+        top, left = generator.integers(0, 12, (2, 6))
+        height, width = generator.integers(1, 12, (2, 6))
+        boxes = np.stack([left, top, left + width, top + height], axis=1)
+        sample, masks = painted((24, 24), boxes.tolist())
+        y, x, side = (int(value) for value in generator.integers(1, 12, 3))
+        keep = float(generator.uniform())
+        cut = crop(sample, y, x, (side, side), keep)
+        left_over = masks[:, y : y + side, x : x + side].astype(bool).sum((1, 2))
+        seen = left_over > 0
+        expected = (sample.ignored.numpy() | (left_over < keep * masks.astype(bool).sum((1, 2))))[seen]
+        assert cut.labels.tolist() == np.flatnonzero(seen).tolist()
+        assert cut.ignored.tolist() == expected.tolist()
+
+
+def test_uncut_objects_survive_any_keep() -> None:
+    """Boxes of fractions of a pixel, in both precisions."""
+    generator = np.random.default_rng(0)
+    corners = generator.uniform(20, 40, (500, 2))
+    boxes = torch.from_numpy(np.concatenate([corners, corners + generator.uniform(0.01, 3, (500, 2))], axis=1))
+    sample = Sample(torch.zeros(3, 60, 60, dtype=torch.uint8), boxes, torch.zeros(500, dtype=torch.int64))
+    for kind, keep in ((torch.float64, 1.0), (torch.float32, 0.99)):
+        kept = crop(Sample(sample.image, boxes.to(kind), sample.labels), 7, 9, (50, 50), keep)
+        assert len(kept.labels) == 500 and not kept.ignored.any()
 
 
 def plain_rule(height: int, width: int, size: int, limit: int | None) -> tuple[int, int]:
@@ -143,70 +195,3 @@ def test_normalize() -> None:
     out = normalize(image, (0.5, 0.25, 0.2), (0.1, 0.5, 2.0))
     assert out.dtype == torch.float32
     np.testing.assert_allclose(out.view(-1).numpy(), [-5.0, 1.5, 0.0], atol=1e-6)  # float32 rounding
-
-
-def test_random_crop_covers_its_range() -> None:
-    sample, _ = painted((50, 40), [])
-    generator = np.random.default_rng(0)
-    sizes = {random_crop(sample, (20, 22), generator).hw for _ in range(200)}
-    assert sizes == {(height, width) for height in (20, 21, 22) for width in (20, 21, 22)}
-    assert {random_crop(sample, (60, 70), generator).hw for _ in range(5)} == {(50, 40)}  # image smaller than the crop
-    assert {random_crop(sample, (40, 45), generator).hw[1] for _ in range(50)} == {40}
-
-
-FIXED = DataConfig(
-    train_short_sides=(32,),
-    train_long_side=64,
-    crop_short_sides=(),
-    horizontal_flip=0.0,
-    vertical_flip=0.0,
-    quarter_turns=False,
-)
-
-
-def outcomes(config: DataConfig, count: int = 300) -> list[Sample]:
-    sample, _ = painted((16, 20), [(0, 0, 3, 5)])
-    return [augment(sample, config, np.random.default_rng(seed)) for seed in range(count)]
-
-
-def test_augment_without_options_only_resizes() -> None:
-    for sample in outcomes(FIXED, 5):
-        assert sample.hw == (32, 40) and sample.boxes_xyxy.tolist() == [[0, 0, 6, 10]]
-
-
-def test_augment_probabilities() -> None:
-    """Each option changes what it should, as often as it should; 300 draws at p = 0.3 have a deviation of 8."""
-    corner = [0, 0, 6, 10]
-    flips = outcomes(dataclasses.replace(FIXED, horizontal_flip=0.3))
-    assert {tuple(sample.boxes_xyxy[0].tolist()) for sample in flips} == {(0, 0, 6, 10), (34, 0, 40, 10)}
-    assert 60 < sum(sample.boxes_xyxy[0].tolist() != corner for sample in flips) < 120
-    flips = outcomes(dataclasses.replace(FIXED, vertical_flip=0.3))
-    assert {tuple(sample.boxes_xyxy[0].tolist()) for sample in flips} == {(0, 0, 6, 10), (0, 22, 6, 32)}
-    assert 60 < sum(sample.boxes_xyxy[0].tolist() != corner for sample in flips) < 120
-    turns = outcomes(dataclasses.replace(FIXED, quarter_turns=True))
-    corners = [tuple(sample.boxes_xyxy[0].tolist()) for sample in turns]
-    assert set(corners) == {(0, 0, 6, 10), (0, 34, 10, 40), (34, 22, 40, 32), (22, 0, 32, 6)}
-    assert all(45 < corners.count(value) < 105 for value in set(corners))  # 75 expected, deviation 7.5
-    sides = outcomes(dataclasses.replace(FIXED, train_short_sides=(16, 24, 32)))
-    assert {sample.hw for sample in sides} == {(16, 20), (24, 30), (32, 40)}
-
-
-def test_augment_crop_branch() -> None:
-    config = dataclasses.replace(FIXED, crop_short_sides=(16, 32), crop_range=(8, 12))
-    samples = outcomes(config)
-    uncropped = sum(sample.boxes_xyxy.tolist() == [[0, 0, 6, 10]] for sample in samples)
-    assert 115 < uncropped < 185  # half of 300, deviation 8.7; a crop that keeps the box looks different
-    lost = [sample for sample in samples if len(sample.labels) == 0]
-    assert lost and all(sample.boxes_xyxy.shape == (0, 4) for sample in lost)
-    for sample in samples:
-        assert min(sample.hw) == 32 and max(sample.hw) <= 64
-        assert sample.boxes_xyxy.min() >= 0 if len(sample.labels) else True
-
-
-def test_jitter_changes_colour_only() -> None:
-    pixels = torch.randint(0, 256, (3, 32, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    sample = Sample(pixels, torch.tensor([[1.0, 2, 3, 4]], dtype=torch.float64), torch.tensor([0]))
-    out = augment(sample, dataclasses.replace(FIXED, color_jitter=0.4), np.random.default_rng(1))
-    assert out.image.dtype == torch.uint8 and not torch.equal(out.image, pixels)
-    assert out.boxes_xyxy.tolist() == [[1, 2, 3, 4]]
-    assert torch.equal(augment(sample, FIXED, np.random.default_rng(1)).image, pixels)

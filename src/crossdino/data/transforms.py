@@ -1,27 +1,20 @@
-"""From an image and its boxes to the network's input: resizing, cropping, flipping, colour, normalisation.
+"""From an image and its boxes to the network's input: resizing, cropping, flipping, normalisation.
 
-The training recipe is that of DETR and DINO: a random flip, then either a resize to a random short side, or a resize, a
-random crop and that resize again, each with probability one half. Vertical flips, quarter turns and colour jitter are
-additions for aerial images and off by default. We flip *after* resizing: every step treats both directions alike, so
-the distribution is the same, and fewer pixels move.
-
-Images are uint8 tensors until the last step; all boxes here are absolute xyxy, continuous (a pixel is 1 wide), and
-stay floating point: a rounded 8-pixel box loses a fifth of its overlap.
+The geometry alone; what is drawn at random, and in which order, is the recipe in `augmentation.py`. Images are uint8
+tensors until the last step; all boxes here are absolute xyxy, continuous (a pixel is 1 wide), and stay floating point:
+a rounded 8-pixel box loses a fifth of its overlap. Every step carries the regions to ignore along with the objects.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
-from torchvision.transforms.v2 import functional as color
-
-from crossdino.config import DataConfig
 
 
 @dataclass(frozen=True)
@@ -30,13 +23,20 @@ class Sample:
 
     Attributes:
         image: (3, H, W) uint8.
-        boxes_xyxy: (n, 4) float64, pixels of `image`.
-        labels: (n,) int64.
+        boxes_xyxy: (n, 4) float64, pixels of `image`: objects and regions to ignore.
+        labels: (n,) int64; -1 for a region that is ignored for every class.
+        ignored: (n,) bool, true for regions to ignore; left out, nothing is ignored.
     """
 
     image: Tensor
     boxes_xyxy: Tensor
     labels: Tensor
+    ignored: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+
+    def __post_init__(self) -> None:
+        if len(self.ignored) == 0:
+            object.__setattr__(self, "ignored", torch.zeros(len(self.labels), dtype=torch.bool))
+        assert len(self.boxes_xyxy) == len(self.labels) == len(self.ignored)
 
     @property
     def hw(self) -> tuple[int, int]:
@@ -89,31 +89,52 @@ def resize(sample: Sample, hw: tuple[int, int]) -> Sample:
     """Resize image and boxes to `hw`."""
     ratio_y, ratio_x = hw[0] / sample.hw[0], hw[1] / sample.hw[1]
     ratios = torch.tensor([ratio_x, ratio_y, ratio_x, ratio_y], dtype=sample.boxes_xyxy.dtype)
-    return Sample(resize_image(sample.image, hw), sample.boxes_xyxy * ratios, sample.labels)
+    return replace(sample, image=resize_image(sample.image, hw), boxes_xyxy=sample.boxes_xyxy * ratios)
 
 
-def crop(sample: Sample, top: int, left: int, hw: tuple[int, int]) -> Sample:
-    """Cut out a rectangle; boxes are clipped to it, and dropped when no area is left (as in DETR)."""
+def crop(sample: Sample, top: int, left: int, hw: tuple[int, int], keep: float = 0.0) -> Sample:
+    """Cut out a rectangle; boxes are clipped to it, and dropped when no area is left (as in DETR).
+
+    Args:
+        sample: image and boxes.
+        top: first row of the rectangle, in pixels; the rectangle must lie in the image.
+        left: first column.
+        hw: height and width of the rectangle.
+        keep: an object of which less than this share of its area is left (0..1) becomes a region to ignore: too little
+            of it is seen to be asked for, and too much to be denied.
+
+    Returns:
+        The rectangle (a view on the image's memory) and what lies in it.
+    """
     height, width = hw
-    boxes = sample.boxes_xyxy - torch.tensor([left, top, left, top])
-    limit = torch.tensor([width, height, width, height], dtype=boxes.dtype)
-    boxes = boxes.clamp(min=0).minimum(limit)
-    keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    return Sample(sample.image[:, top : top + height, left : left + width], boxes[keep], sample.labels[keep])
+    offset = torch.tensor([left, top, left, top])
+    limit = torch.tensor([width, height, width, height], dtype=sample.boxes_xyxy.dtype)
+    boxes = (sample.boxes_xyxy - offset).clamp(min=0).minimum(limit)
+    # The last factor: a share of exactly `keep` is enough, also where the product is rounded up (0.55 * 100 > 55).
+    cut = box_area(boxes) < keep * box_area(sample.boxes_xyxy) * (1 - 1e-6)
+    left_over = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    return Sample(
+        sample.image[:, top : top + height, left : left + width],
+        boxes[left_over],
+        sample.labels[left_over],
+        (sample.ignored | cut)[left_over],
+    )
 
 
 def flip_horizontally(sample: Sample) -> Sample:
     """Mirror left and right."""
     x1, y1, x2, y2 = sample.boxes_xyxy.unbind(1)
     width = sample.hw[1]
-    return Sample(sample.image.flip(2), torch.stack([width - x2, y1, width - x1, y2], dim=1), sample.labels)
+    boxes = torch.stack([width - x2, y1, width - x1, y2], dim=1)
+    return replace(sample, image=sample.image.flip(2), boxes_xyxy=boxes)
 
 
 def flip_vertically(sample: Sample) -> Sample:
     """Mirror top and bottom."""
     x1, y1, x2, y2 = sample.boxes_xyxy.unbind(1)
     height = sample.hw[0]
-    return Sample(sample.image.flip(1), torch.stack([x1, height - y2, x2, height - y1], dim=1), sample.labels)
+    boxes = torch.stack([x1, height - y2, x2, height - y1], dim=1)
+    return replace(sample, image=sample.image.flip(1), boxes_xyxy=boxes)
 
 
 def turn(sample: Sample, quarters: int) -> Sample:
@@ -124,48 +145,9 @@ def turn(sample: Sample, quarters: int) -> Sample:
         x1, y1, x2, y2 = boxes.unbind(1)
         boxes = torch.stack([y1, width - x2, y2, width - x1], dim=1)
         height, width = width, height
-    return Sample(sample.image.rot90(quarters, (1, 2)), boxes, sample.labels)
+    return replace(sample, image=sample.image.rot90(quarters, (1, 2)), boxes_xyxy=boxes)
 
 
-def jitter(image: Tensor, strength: float, generator: np.random.Generator) -> Tensor:
-    """Change brightness, contrast and saturation, in this order, by factors within 1 - strength and 1 + strength."""
-    brightness, contrast, saturation = generator.uniform(1 - strength, 1 + strength, 3).tolist()
-    image = color.adjust_brightness_image(image, brightness)
-    image = color.adjust_contrast_image(image, contrast)
-    return color.adjust_saturation_image(image, saturation)
-
-
-def random_crop(sample: Sample, side_range: tuple[int, int], generator: np.random.Generator) -> Sample:
-    """Cut out a rectangle of random place, and of sides within `side_range` (both ends) as far as the image allows."""
-    low, high = side_range
-    height, width = (int(generator.integers(min(low, side), min(high, side) + 1)) for side in sample.hw)
-    top = int(generator.integers(sample.hw[0] - height + 1))
-    left = int(generator.integers(sample.hw[1] - width + 1))
-    return crop(sample, top, left, (height, width))
-
-
-def augment(sample: Sample, config: DataConfig, generator: np.random.Generator) -> Sample:
-    """The training recipe (see the top of this file).
-
-    Args:
-        sample: image and boxes as in the file.
-        config: sizes and probabilities.
-        generator: the only source of randomness.
-
-    Returns:
-        The sample at its training size; it may have lost all its objects to the crop.
-    """
-    if config.crop_short_sides and generator.random() < 0.5:
-        sample = resize(sample, resize_hw(sample.hw, int(generator.choice(config.crop_short_sides))))
-        sample = random_crop(sample, config.crop_range, generator)
-    short_side = int(generator.choice(config.train_short_sides))
-    sample = resize(sample, resize_hw(sample.hw, short_side, config.train_long_side))
-    if generator.random() < config.horizontal_flip:
-        sample = flip_horizontally(sample)
-    if generator.random() < config.vertical_flip:
-        sample = flip_vertically(sample)
-    if config.quarter_turns:
-        sample = turn(sample, int(generator.integers(4)))
-    if config.color_jitter > 0:
-        sample = Sample(jitter(sample.image, config.color_jitter, generator), sample.boxes_xyxy, sample.labels)
-    return sample
+def box_area(boxes_xyxy: Tensor) -> Tensor:
+    """Areas of (n, 4) boxes."""
+    return (boxes_xyxy[:, 2] - boxes_xyxy[:, 0]) * (boxes_xyxy[:, 3] - boxes_xyxy[:, 1])
