@@ -25,6 +25,7 @@ from crossdino.data.images import read_image
 from crossdino.data.transforms import normalize, resize_hw, resize_image, to_tensor
 from crossdino.errors import InputError
 from crossdino.structures import DetectorOutput, Target
+from crossdino.tiling import merge_detections, tile_grid, tile_starts
 
 if TYPE_CHECKING:
     from crossdino.models.detector import CrossDINO
@@ -36,7 +37,8 @@ class Predictor:
     """A trained model, ready to be called on images.
 
     Images of a batch may have different sizes; every image is resized as the model's `inference` settings say (or as
-    given here), padded to the batch's largest, and its boxes come back in its own pixels.
+    given here), padded to the batch's largest, and its boxes come back in its own pixels. A model that was trained on
+    tiles sees tiles of the same size, whose detections are merged.
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class Predictor:
         num_select: int | None = None,
         short_side: int | None = None,
         long_side: int | None = None,
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
         device: str | torch.device | None = None,
         batch_size: int = 1,
         precision: Literal["fp32", "bf16"] = "fp32",
@@ -56,11 +60,14 @@ class Predictor:
         Args:
             model: the trained detector.
             threshold: detections with a lower score are left out; in [0, 1]. 0 keeps all `num_select`.
-            num_select: detections kept per image, the best (query, class) pairs; None: the model's own setting.
-            short_side: the short side's length in pixels that an image is resized to; None: the model's own setting.
+            num_select: detections kept per image or tile, the best (query, class) pairs; None: the model's own setting.
+            short_side: the short side's length in pixels that an image or tile is resized to; None: the model's own.
             long_side: limit of the long side in pixels; None: the model's own setting.
+            tile_size: side in pixels of the square tiles that an image is cut into; 0: whole images; None: the model's
+                own setting.
+            tile_overlap: by how many pixels neighbouring tiles overlap at least; None: the model's own setting.
             device: where to run, e.g. `cuda`; None: where the model is.
-            batch_size: images that go through the model together.
+            batch_size: images, or tiles of an image, that go through the model together.
             precision: `fp32`, or `bf16` for autocast.
 
         Raises:
@@ -70,11 +77,16 @@ class Predictor:
         self.num_select = model.inference.num_select if num_select is None else num_select
         self.short_side = model.inference.short_side if short_side is None else short_side
         self.long_side = model.inference.long_side if long_side is None else long_side
+        self.tile_size = model.inference.tile_size if tile_size is None else tile_size
+        self.tile_overlap = model.inference.tile_overlap if tile_overlap is None else tile_overlap
+        self.merge_iou = model.inference.merge_iou
         self.batch_size = batch_size
         self.precision = precision
         for name in ("num_select", "short_side", "long_side", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: give at least 1")
+        if self.tile_size:
+            tile_starts(1, self.tile_size, self.tile_overlap)  # refuses an impossible overlap
         if not 0 <= threshold <= 1:
             raise InputError(f"threshold is {threshold}: give a score from 0 to 1")
         if precision not in ("fp32", "bf16"):
@@ -121,15 +133,8 @@ class Predictor:
             yield from self._predict_batch(batch)
 
     def _predict_batch(self, images: Sequence[ImageInput]) -> list[sv.Detections]:
-        samples = [self._prepare(to_pil_image(image)) for image in images]
-        batch = collate(samples).to(self.device)
-        with (
-            torch.no_grad(),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
-        ):
-            output: DetectorOutput = self.model(batch.images, batch.padding_mask)
-        original_hw = [target.original_hw for target in batch.targets]
-        selected = select_detections(output, original_hw, self.num_select, self.threshold)
+        pictures = [to_pil_image(image) for image in images]
+        found = [self._detect_tiles(one) for one in pictures] if self.tile_size else self._detect(pictures)
         return [
             sv.Detections(
                 xyxy=boxes.numpy(),
@@ -137,8 +142,31 @@ class Predictor:
                 class_id=labels.numpy(),
                 data={"class_name": self.class_names[labels.numpy()]},
             )
-            for boxes, scores, labels in selected
+            for boxes, scores, labels in found
         ]
+
+    def _detect(self, pictures: Sequence[Image.Image]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Boxes, scores and labels of each picture."""
+        batch = collate([self._prepare(picture) for picture in pictures]).to(self.device)
+        with (
+            torch.no_grad(),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
+        ):
+            output: DetectorOutput = self.model(batch.images, batch.padding_mask)
+        original_hw = [target.original_hw for target in batch.targets]
+        return select_detections(output, original_hw, self.num_select, self.threshold)
+
+    def _detect_tiles(self, picture: Image.Image) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes, scores and labels of a picture, by its tiles."""
+        image_hw = (picture.height, picture.width)
+        tiles = tile_grid(image_hw, self.tile_size, self.tile_overlap)
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for start in range(0, len(tiles), self.batch_size):
+            # What lies beyond a small picture is black, as in training.
+            chosen = tiles[start : start + self.batch_size]
+            corners = [(tile.left, tile.top, tile.left + tile.width, tile.top + tile.height) for tile in chosen]
+            parts += self._detect([picture.crop(corner) for corner in corners])
+        return merge_detections(parts, tiles, image_hw, self.merge_iou)
 
     def _prepare(self, image: Image.Image) -> tuple[Tensor, Target]:
         original_hw = (image.height, image.width)

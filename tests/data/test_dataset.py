@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from crossdino.config import DataConfig
+from crossdino.data.coco import load_coco
 from crossdino.data.dataset import DetectionDataset, build_loader, collate
-from crossdino.data.formats import load_coco
 from crossdino.data.images import ImageError
 from crossdino.errors import InputError
 from crossdino.structures import Batch, Target

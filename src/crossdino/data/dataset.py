@@ -6,27 +6,38 @@ neither on the number of worker processes nor on what was loaded before.
 
 from __future__ import annotations
 
+import dataclasses
+import signal
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from crossdino.config import DataConfig
-from crossdino.data.formats import DatasetIndex
+from crossdino.data.augmentation import augment
 from crossdino.data.images import ImageError, read_image
-from crossdino.data.transforms import Sample, augment, normalize, resize, resize_hw, to_tensor
+from crossdino.data.index import DatasetIndex, ImageRecord
+from crossdino.data.transforms import Sample, crop, normalize, resize, resize_hw, to_tensor
 from crossdino.errors import InputError
 from crossdino.structures import Batch, Target
+from crossdino.tiling import Tile, tile_grid
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class DetectionDataset(Dataset[tuple[Tensor, Target]]):
-    """Images and targets of a `DatasetIndex`, prepared for training or for evaluation."""
+    """Images, or the tiles of images, and targets of a `DatasetIndex`, prepared for training or for evaluation.
+
+    An item is an image, or, where `data.tile_size` is set, a tile. For evaluation the items are all tiles of the first
+    image, then those of the second, and so on. An epoch of training takes every tile that holds an object, moved by up
+    to a quarter of its size so that seams fall elsewhere in each epoch, and a share of the tiles without any.
+    """
 
     def __init__(
         self,
@@ -41,7 +52,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
 
         Args:
             index: the records.
-            data: sizes and augmentation.
+            data: sizes, tiles and augmentation.
             mean: per channel, of values in 0..1.
             std: likewise.
             train: augment (True), or resize to the test size only.
@@ -59,6 +70,21 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         self.seed = seed
         # In shared memory, so that worker processes which live longer than an epoch see the new one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        # The last image that was read: an evaluation asks for its tiles one after the other.
+        self._last_read: tuple[int, Tensor] | None = None
+        self._tiles: list[tuple[int, Tile]] = []
+        self._tiles_of: list[range] = []
+        if data.tile_size:
+            for number, record in enumerate(index.records):
+                start = len(self._tiles)
+                grid = tile_grid((record.height, record.width), data.tile_size, data.tile_overlap)
+                self._tiles += [(number, tile) for tile in grid]
+                self._tiles_of.append(range(start, len(self._tiles)))
+            holds_object = np.array([_num_centres(index.records[number], tile) > 0 for number, tile in self._tiles])
+            self._full = np.flatnonzero(holds_object)
+            self._empty = np.flatnonzero(~holds_object)
+            self._num_empty = min(len(self._empty), round(data.empty_tiles * max(len(self._full), 1)))
+            self._chosen: tuple[int, NDArray[np.int64]] | None = None
 
     @property
     def epoch(self) -> int:
@@ -70,38 +96,106 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
-        """Number of images."""
-        return len(self.index.records)
+        """Number of items of an epoch: images, or tiles."""
+        if not self.data.tile_size:
+            return len(self.index.records)
+        return len(self._full) + self._num_empty if self.train else len(self._tiles)
+
+    def items_of(self, image: int) -> range:
+        """The items of the image of that position in the index (of an evaluation)."""
+        return self._tiles_of[image] if self.data.tile_size else range(image, image + 1)
+
+    def most_objects(self) -> int:
+        """The largest number of objects of one item (of a tile: objects whose centre lies in it)."""
+        if self.data.tile_size:
+            return max(_num_centres(self.index.records[number], tile) for number, tile in self._tiles)
+        return max((int((~record.iscrowd).sum()) for record in self.index.records), default=0)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Target]:
-        """The image as (3, H, W) float32, normalised, and its target (crowds left out).
+        """The image or tile as (3, H, W) float32, normalised, and its target.
 
         Raises:
             ImageError: the file cannot be read, or is not the one that was indexed.
         """
-        record = self.index.records[position]
-        image = read_image(record.path, record.apply_exif)
-        if image.size != (record.width, record.height):
-            raise ImageError(
-                f"image {record.path} has {image.width} x {image.height} pixels instead of {record.width} x "
-                f"{record.height}; it was changed after the start: restore it"
-            )
-        real = ~record.iscrowd
-        corners = record.boxes_xywh[real].copy()
-        corners[:, 2:] += corners[:, :2]
-        sample = Sample(to_tensor(image), torch.from_numpy(corners), torch.from_numpy(record.labels[real]))
+        generator = np.random.default_rng((self.seed, self.epoch, position))
+        number, tile, sample = self._read(position, generator if self.train and self.data.tile_size else None)
+        record = self.index.records[number]
+        original_hw = (record.height, record.width) if tile is None else (tile.height, tile.width)
         if self.train:
-            sample = augment(sample, self.data, np.random.default_rng((self.seed, self.epoch, position)))
+            sample = augment(sample, self.data, generator, self._draw_other)
         else:
             hw = resize_hw(sample.hw, self.data.test_short_side, self.data.test_long_side)
             sample = resize(sample, hw)
+        boxes = _normalized_cxcywh(sample)
         target = Target(
-            boxes_cxcywh=_normalized_cxcywh(sample),
-            labels=sample.labels,
+            boxes_cxcywh=boxes[~sample.ignored],
+            labels=sample.labels[~sample.ignored],
             image_id=record.image_id,
-            original_hw=(record.height, record.width),
+            original_hw=original_hw,
+            ignored_boxes_cxcywh=boxes[sample.ignored],
+            ignored_labels=sample.labels[sample.ignored],
+            noise_seed=int(np.random.SeedSequence((self.seed, self.epoch, position, 1)).generate_state(1)[0]),
+            origin_xy=(0, 0) if tile is None else (tile.left, tile.top),
         )
         return normalize(sample.image, self.mean, self.std), target
+
+    def _draw_other(self, generator: np.random.Generator) -> Sample:
+        """Another item, as it is in the file: what mosaic and copy-paste take from."""
+        return self._read(int(generator.integers(len(self))), generator if self.data.tile_size else None)[2]
+
+    def _read(self, position: int, jitter: np.random.Generator | None) -> tuple[int, Tile | None, Sample]:
+        """The number of the record, its tile and the pixels and boxes of an item."""
+        if not self.data.tile_size:
+            return position, None, self._read_image(position)
+        number, tile = self._tiles[self._chosen_tiles()[position] if self.train else position]
+        record = self.index.records[number]
+        if jitter is not None:
+            places = []
+            for start, size, length in ((tile.top, tile.height, record.height), (tile.left, tile.width, record.width)):
+                moved = start + int(jitter.integers(-(size // 4), size // 4 + 1))
+                places.append(min(max(moved, 0), max(length - size, 0)))
+            tile = Tile(places[0], places[1], tile.height, tile.width)
+        sample = self._read_image(number)
+        hw = (min(tile.height, record.height - tile.top), min(tile.width, record.width - tile.left))
+        sample = crop(sample, tile.top, tile.left, hw, keep=self.data.tile_keep)
+        # An image that is smaller than a tile is not enlarged: objects keep their size.
+        missing = (0, tile.width - hw[1], 0, tile.height - hw[0])
+        return number, tile, dataclasses.replace(sample, image=functional.pad(sample.image, missing))
+
+    def _chosen_tiles(self) -> NDArray[np.int64]:
+        """The tiles of the current epoch of training."""
+        if self._chosen is None or self._chosen[0] != self.epoch:
+            generator = np.random.default_rng((self.seed, self.epoch))
+            empty = generator.choice(self._empty, self._num_empty, replace=False)
+            self._chosen = (self.epoch, np.concatenate([self._full, empty]))
+        return self._chosen[1]
+
+    def _read_image(self, number: int) -> Sample:
+        record = self.index.records[number]
+        if self._last_read is None or self._last_read[0] != number:
+            image = read_image(record.path, record.apply_exif)
+            if image.size != (record.width, record.height):
+                raise ImageError(
+                    f"image {record.path} has {image.width} x {image.height} pixels instead of {record.width} x "
+                    f"{record.height}; it was changed after the start: restore it"
+                )
+            self._last_read = (number, to_tensor(image))
+        corners = record.boxes_xywh.copy()
+        corners[:, 2:] += corners[:, :2]
+        return Sample(
+            self._last_read[1],
+            torch.from_numpy(corners),
+            torch.from_numpy(record.labels),
+            torch.from_numpy(record.iscrowd),
+        )
+
+
+def _num_centres(record: ImageRecord, tile: Tile) -> int:
+    """Objects whose centre lies in the tile."""
+    centres = record.boxes_xywh[~record.iscrowd]
+    x, y = centres[:, 0] + centres[:, 2] / 2, centres[:, 1] + centres[:, 3] / 2
+    inside = (x >= tile.left) & (x < tile.left + tile.width) & (y >= tile.top) & (y < tile.top + tile.height)
+    return int(inside.sum())
 
 
 def _normalized_cxcywh(sample: Sample) -> Tensor:
@@ -121,6 +215,13 @@ def _check_settings(data: DataConfig) -> None:
         ("horizontal_flip", data.horizontal_flip, 0 <= data.horizontal_flip <= 1, "must lie between 0 and 1"),
         ("vertical_flip", data.vertical_flip, 0 <= data.vertical_flip <= 1, "must lie between 0 and 1"),
         ("color_jitter", data.color_jitter, 0 <= data.color_jitter <= 1, "must lie between 0 and 1"),
+        ("mosaic", data.mosaic, 0 <= data.mosaic <= 1, "must lie between 0 and 1"),
+        ("copy_paste", data.copy_paste, 0 <= data.copy_paste <= 1, "must lie between 0 and 1"),
+        ("copy_paste_max_px", data.copy_paste_max_px, data.copy_paste_max_px > 0, "must be above 0"),
+        ("copy_paste_count", data.copy_paste_count, data.copy_paste_count >= 1, "must be 1 or more"),
+        ("tile_size", data.tile_size, data.tile_size >= 0, "must be 0 (whole images) or the tiles' side in pixels"),
+        ("tile_keep", data.tile_keep, 0 <= data.tile_keep <= 1, "must lie between 0 and 1"),
+        ("empty_tiles", data.empty_tiles, data.empty_tiles >= 0, "must not be negative"),
         ("num_workers", data.num_workers, data.num_workers >= 0, "must not be negative"),
         ("*_sides, crop_range", sides, min(sides) >= 1, "must all be 1 pixel or more"),
         ("test_short_side", data.test_short_side, data.test_short_side >= 1, "must be 1 pixel or more"),
@@ -170,5 +271,12 @@ def build_loader(
         sampler=range(len(dataset)) if order is None else order,
         num_workers=dataset.data.num_workers if num_workers is None else num_workers,
         collate_fn=collate,
+        worker_init_fn=_leave_signals_to_the_trainer,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _leave_signals_to_the_trainer(_: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; the trainer wants to finish its step and save first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
