@@ -90,41 +90,48 @@ def test_batch_without_objects_trains_the_background():
     assert (output.pred_logits.grad > 0).all()  # every score is pushed down
 
 
-def test_normaliser_is_at_least_one():
-    output, targets = random_output(1, 5, 3, 0, 3), [random_target(2, 3)]
-    criterion = Criterion(LossConfig())
-    torch.testing.assert_close(criterion(output, targets, 0.25)["loss"], criterion(output, targets, 1.0)["loss"])
+def test_what_the_loss_is_divided_by():
+    """Objects of all processes over their number, so possibly less than 1; counted here, it is at least 1."""
+    output, targets, criterion = random_output(1, 5, 3, 0, 3), [random_target(2, 3)], Criterion(LossConfig())
+    once = criterion(output, targets, 1.0)["loss"]
+    torch.testing.assert_close(criterion(output, targets)["loss"], once / 2)
+    torch.testing.assert_close(criterion(output, targets, 0.25)["loss"], 4 * once)
+    nothing = [random_target(0, 3)]
+    torch.testing.assert_close(criterion(output, nothing)["loss"], criterion(output, nothing, 1.0)["loss"])
 
 
-def test_denoising_slots_that_stand_for_nothing_do_not_count():
-    """Two groups of two slots; the second image has one object only, so its second slot must not matter."""
+def test_denoising_is_divided_image_by_image_and_empty_slots_do_not_count():
+    """Image 0 has two objects in two copies, image 1 one object in one copy and six empty slots."""
     generator = torch.Generator().manual_seed(4)
     targets = [random_target(2, 5), random_target(1, 6)]
     logits = torch.randn(2, 8, 3, generator=generator)
     boxes = torch.rand(2, 8, 4, generator=generator) * 0.3 + 0.2
-    valid = torch.tensor([[True, True], [True, False]])
+    objects = torch.tensor([[0, 1, 0, 1, 1, 0, 1, 0], [-1, 0, -1, 0, -1, -1, -1, -1]])
+    positive = torch.tensor([[True, True, False, False] * 2, [False, True, False, False] * 2])
+    copies = torch.tensor([2, 1])
 
     def loss_of(noisy_logits, noisy_boxes):
         output = random_output(2, 6, 3, 0, 7)
-        output.denoising = DenoisingOutput([LayerOutput(noisy_logits, noisy_boxes)], 2, 2, valid)
+        layers = [LayerOutput(noisy_logits, noisy_boxes)] * 2
+        output.denoising = DenoisingOutput(layers, objects, positive, copies)
         return Criterion(LossConfig(classification="focal"))(output, targets)["denoising"]
 
     changed_logits, changed_boxes = logits.clone(), boxes.clone()
-    empty = [1, 3, 5, 7]  # slot 1 of positives and negatives of both groups
-    changed_logits[1, empty] = 9.0
-    changed_boxes[1, empty] = 0.9
+    changed_logits[objects < 0] = 9.0
+    changed_boxes[objects < 0] = 0.9
     torch.testing.assert_close(loss_of(logits, boxes), loss_of(changed_logits, changed_boxes))
 
     expected = 0.0
-    # (image, slot of the query, object): positives of group 0 are slots 0-1, of group 1 slots 4-5.
-    for image, slot, obj in ((0, 0, 0), (0, 1, 1), (0, 4, 0), (0, 5, 1), (1, 0, 0), (1, 4, 0)):
-        box, goal = boxes[image, slot], targets[image].boxes_cxcywh[obj]
-        label = torch.nn.functional.one_hot(targets[image].labels[obj], 3).float()
-        expected += sigmoid_focal_loss(logits[image, slot], label, 0.25, 2.0).sum()
-        expected += 5 * (box - goal).abs().sum()
-        pair = box_convert(box[None], "cxcywh", "xyxy"), box_convert(goal[None], "cxcywh", "xyxy")
-        expected += 2 * (1 - generalized_box_iou(*pair)[0, 0])
-    for image, slot in ((0, 2), (0, 3), (0, 6), (0, 7), (1, 2), (1, 6)):  # negatives
-        expected += sigmoid_focal_loss(logits[image, slot], torch.zeros(3), 0.25, 2.0).sum()
-    # Three objects times two groups.
-    torch.testing.assert_close(loss_of(logits, boxes), expected / 6, atol=1e-5, rtol=1e-5)
+    for image, slot in (objects >= 0).nonzero().tolist():
+        target, obj = targets[image], objects[image, slot]
+        label = torch.zeros(3)
+        one = 0.0
+        if positive[image, slot]:
+            label[target.labels[obj]] = 1.0
+            box, goal = boxes[image, slot], target.boxes_cxcywh[obj]
+            pair = box_convert(box[None], "cxcywh", "xyxy"), box_convert(goal[None], "cxcywh", "xyxy")
+            one = 5 * (box - goal).abs().sum() + 2 * (1 - generalized_box_iou(*pair)[0, 0])
+        one += sigmoid_focal_loss(logits[image, slot], label, 0.25, 2.0).sum()
+        expected += one / copies[image]
+    # Two layers, three objects.
+    torch.testing.assert_close(loss_of(logits, boxes), 2 * expected / 3, atol=1e-5, rtol=1e-5)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from crossdino.config import LossConfig
+from crossdino.losses import matcher
 from crossdino.losses.matcher import match_layers, matching_cost
 from crossdino.structures import LayerOutput, Target
 
@@ -42,7 +43,7 @@ def plain_cost(logit, box, label, target):
 def test_cost_of_every_pair():
     generator = torch.Generator().manual_seed(0)
     layer, target = random_layer(2, 6, 3, generator), random_target(4, 3, generator)
-    cost = matching_cost(layer, target, LossConfig(), image=1)
+    cost = matching_cost(layer.pred_logits[1], layer.pred_boxes[1], target, LossConfig())
     for q in range(6):
         for j in range(4):
             expected = plain_cost(
@@ -67,7 +68,7 @@ def test_least_total_cost_in_every_image_and_layer():
             assert len(set(queries)) == len(queries) == len(target.labels)
             if not objects:
                 continue
-            cost = matching_cost(layer, target, LossConfig(), image)
+            cost = matching_cost(layer.pred_logits[image], layer.pred_boxes[image], target, LossConfig())
             best = min(
                 sum(float(cost[q, j]) for j, q in enumerate(chosen))
                 for chosen in itertools.permutations(range(5), len(target.labels))
@@ -91,3 +92,16 @@ def test_predictions_that_are_not_finite_do_not_stop_the_matching():
     layer.pred_logits[0, 1] = float("nan")
     (match,) = match_layers([layer], [random_target(3, 2, generator)], LossConfig())
     assert 1 not in match.query.tolist()
+
+
+def test_a_crowded_image_is_matched_in_pieces_with_the_same_result(monkeypatch):
+    """Costs are computed for some predictions at a time; the pieces must come together in the right order."""
+    generator = torch.Generator().manual_seed(4)
+    layers = [random_layer(2, 13, 3, generator) for _ in range(2)]
+    targets = [random_target(n, 3, generator) for n in (40, 5)]
+    whole = match_layers(layers, targets, LossConfig())
+    monkeypatch.setattr(matcher, "_PAIRS_AT_ONCE", 90)  # two predictions of the first image at a time
+    for one, other in zip(whole, match_layers(layers, targets, LossConfig()), strict=True):
+        for name in ("image", "query", "target"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+    assert (whole[0].image == 0).sum() == 13 and (whole[0].image == 1).sum() == 5

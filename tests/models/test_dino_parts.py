@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from crossdino.config import ModelConfig
-from crossdino.models.decoder import MLP, Decoder, DecoderLayer
+from crossdino.models.decoder import MLP, Decoder, DecoderLayer, QueryBlock, block_visibility
 from crossdino.models.detector import CrossDINO
 from crossdino.models.encoder import EncoderLayer, encoder_reference_points
 from crossdino.models.position import anchor_sine_embedding, sine_position
@@ -98,7 +98,9 @@ def test_decoder_layer():
     layer, state = randomised(DecoderLayer(DIM, 48, len(SHAPES), HEADS, POINTS))
     queries, positions, memory = random(2, 6, DIM), random(2, 6, DIM, seed=4), random(2, 147, DIM, seed=5)
     references = torch.rand(2, 6, len(SHAPES), 4, generator=torch.Generator().manual_seed(6))
-    found = layer(queries, positions, references, memory, SHAPES, flat_mask(), None).detach()
+    with torch.no_grad():
+        values = layer.cross_attn.project(memory, flat_mask())
+        found, _ = layer(queries, positions, references, values, SHAPES, None)
     for i in range(2):
         wanted = plain.decoder_layer(
             named(state, "l"),
@@ -112,27 +114,105 @@ def test_decoder_layer():
         close(found[i], wanted)
 
 
-def test_refinement_looks_forward_twice():
-    decoder, state = randomised(Decoder(3, DIM, 48, len(SHAPES), HEADS, POINTS))
+def random_decoder(num_layers):
+    """A decoder with a box head, and the reference's weights for both."""
+    decoder, state = randomised(Decoder(num_layers, DIM, 48, len(SHAPES), HEADS, POINTS))
     head, head_state = randomised(MLP(DIM, DIM, 4, 3), seed=1)
     state = named(state, "transformer.decoder")
-    for layer in range(3):
+    for layer in range(num_layers):
         state |= named(head_state, f"bbox_embed.{layer}")
         # The reference's "logits" are then the normalised outputs themselves.
         state |= {f"class_embed.{layer}.weight": torch.eye(DIM).double(), f"class_embed.{layer}.bias": torch.zeros(DIM)}
+    return decoder, head, state
+
+
+def test_refinement_looks_forward_twice():
+    decoder, head, state = random_decoder(3)
     contents, memory = random(6, DIM), random(2, 147, DIM, seed=5)
     anchors = torch.rand(2, 6, 4, generator=torch.Generator().manual_seed(6))
+    arguments = (contents.expand(2, -1, -1), anchors, memory, SHAPES, valid_ratios(), flat_mask(), None, head)
     with torch.no_grad():
-        outputs, boxes = decoder(
-            contents.expand(2, -1, -1), anchors, memory, SHAPES, valid_ratios(), flat_mask(), None, head, True
-        )
+        outputs, _ = decoder(*arguments, torch.nn.Identity(), True)
     for i in range(2):
         wanted_outputs, wanted_boxes = plain.decoder(
             state, contents.double(), anchors[i].double(), memory[i].double(), of_image(i)
         )
         for layer in range(3):
-            close(outputs[layer][i], wanted_outputs[layer])
-            close(boxes[layer][i], wanted_boxes[layer])
+            close(outputs[layer].pred_logits[i], wanted_outputs[layer])
+            close(outputs[layer].pred_boxes[i], wanted_boxes[layer])
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("void", [False, True])
+def test_blocks_of_denoising_queries_are_the_official_dense_mask(checkpointed, void):
+    """Two islands and an empty slot in the first block, a second block that only image 1 has; with gradients on."""
+    decoder, head, state = random_decoder(2)
+    memory, contents = random(2, 147, DIM, seed=5), random(2, 5, DIM)
+    anchors = torch.rand(2, 5, 4, generator=torch.Generator().manual_seed(6))
+    islands = [torch.tensor([[0, 0, 1, 1, -1], [0, 0, 1, 1, 1]]), torch.tensor([[0, 0, 0]])]
+    noisy = [random(2, 5, DIM, seed=7), random(1, 3, DIM, seed=8)]
+    noisy_anchors = [
+        torch.rand(*one.shape[:2], 4, generator=torch.Generator().manual_seed(i)) for i, one in enumerate(noisy)
+    ]
+    hidden = torch.tensor([[False] * 5, [False, False, False, True, True]]) if void else None
+    itself = torch.eye(5, dtype=torch.bool)
+    blocks = [
+        QueryBlock(noisy[0], noisy_anchors[0], block_visibility(islands[0], 5, hidden)),
+        QueryBlock(
+            noisy[1],
+            noisy_anchors[1],
+            block_visibility(islands[1], 5, None if hidden is None else hidden[1:]),
+            torch.tensor([1]),
+        ),
+    ]
+    matched, denoising = decoder(
+        contents,
+        anchors,
+        memory,
+        SHAPES,
+        valid_ratios(),
+        flat_mask(),
+        None if hidden is None else ~hidden[:, None, None] | itself,
+        head,
+        torch.nn.Identity(),
+        True,
+        blocks,
+        checkpointed,
+    )
+    for i in range(2):
+        of_blocks = [(block, 0 if block else i) for block in range(1 + i)]
+        # Everybody's island: block and number; None for an empty or void query, -1 for matched queries.
+        who = [(block, int(number)) if number >= 0 else None for block, j in of_blocks for number in islands[block][j]]
+        who += [None if hidden is not None and hidden[i, q] else -1 for q in range(5)]
+        visible = torch.tensor(
+            [
+                [a == b or (who[b] is not None and (who[b] == -1 or who[a] == who[b])) for b in range(len(who))]
+                for a in range(len(who))
+            ]
+        )
+        wanted_outputs, wanted_boxes = plain.decoder(
+            state,
+            torch.cat([noisy[block][j] for block, j in of_blocks] + [contents[i]]).double(),
+            torch.cat([noisy_anchors[block][j] for block, j in of_blocks] + [anchors[i]]).double(),
+            memory[i].double(),
+            of_image(i),
+            visible,
+        )
+        for layer in range(2):
+            found = [(denoising[layer][block], j) for block, j in of_blocks] + [(matched[layer], i)]
+            close(torch.cat([one.pred_logits[j] for one, j in found]).detach(), wanted_outputs[layer])
+            close(torch.cat([one.pred_boxes[j] for one, j in found]).detach(), wanted_boxes[layer])
+
+
+def test_the_key_bias_changes_nothing_and_has_a_gradient_of_zero():
+    layer, _ = randomised(DecoderLayer(DIM, 48, len(SHAPES), HEADS, POINTS))
+    queries, positions, memory = random(2, 6, DIM), random(2, 6, DIM, seed=4), random(2, 147, DIM, seed=5)
+    references = torch.rand(2, 6, len(SHAPES), 4, generator=torch.Generator().manual_seed(6))
+    found, _ = layer(queries, positions, references, layer.cross_attn.project(memory), SHAPES, None)
+    found.square().sum().backward()
+    gradient = layer.self_attn.in_proj_bias.grad
+    assert gradient is not None and (gradient[DIM : 2 * DIM] == 0).all()
+    assert (gradient[:DIM] != 0).all() and (gradient[2 * DIM :] != 0).all()
 
 
 def small_detector(padding):

@@ -299,7 +299,8 @@ def encoder_layer(w, name, tokens, positions, masks):
     return layer_norm(w, f"{name}.norm2", tokens + feed_forward(w, name, tokens))
 
 
-def self_attention(w, name, queries, positions):
+def self_attention(w, name, queries, positions, visible=None):
+    """`visible` (Q, Q) bool: the row's query may look at the column's; the official code masks what is not."""
     channels = queries.shape[1]
     width = channels // NUM_HEADS
     weight, bias = w[f"{name}.in_proj_weight"], w[f"{name}.in_proj_bias"]
@@ -309,15 +310,18 @@ def self_attention(w, name, queries, positions):
     out = []
     for head in range(NUM_HEADS):
         part = slice(head * width, (head + 1) * width)
-        out.append((q[:, part] @ k[:, part].T / math.sqrt(width)).softmax(-1) @ v[:, part])
+        scores = q[:, part] @ k[:, part].T / math.sqrt(width)
+        if visible is not None:
+            scores[~visible] = -math.inf
+        out.append(scores.softmax(-1) @ v[:, part])
     return linear(w, f"{name}.out_proj", torch.cat(out, dim=1))
 
 
-def decoder_layer(w, name, queries, query_positions, references, memory, masks):
+def decoder_layer(w, name, queries, query_positions, references, memory, masks, visible=None):
     """references (Q, levels, 4), relative to the padded maps."""
     shapes = [tuple(mask.shape) for mask in masks]
     padding = torch.cat([mask.flatten() for mask in masks])
-    attended = self_attention(w, f"{name}.self_attn", queries, query_positions)
+    attended = self_attention(w, f"{name}.self_attn", queries, query_positions, visible)
     queries = layer_norm(w, f"{name}.norm2", queries + attended)
     attended = deformable_attention(
         w, f"{name}.cross_attn", queries + query_positions, references, memory, shapes, padding
@@ -332,7 +336,7 @@ def box_head(w, name, x):
     return linear(w, f"{name}.layers.2", x)
 
 
-def decoder(w, contents, anchors, memory, masks):
+def decoder(w, contents, anchors, memory, masks, visible=None):
     """All layers' logits (Q, K) and boxes (Q, 4), by look-forward-twice."""
     name = "transformer.decoder"
     dim = contents.shape[1]
@@ -344,7 +348,7 @@ def decoder(w, contents, anchors, memory, masks):
         embedded = torch.stack([anchor_embedding(anchor, dim) for anchor in per_level[:, 0]])
         positions = linear(w, f"{name}.ref_point_head.layers.0", embedded).clamp(min=0)
         positions = linear(w, f"{name}.ref_point_head.layers.1", positions)
-        output = decoder_layer(w, f"{name}.layers.{layer}", output, positions, per_level, memory, masks)
+        output = decoder_layer(w, f"{name}.layers.{layer}", output, positions, per_level, memory, masks, visible)
         normed = layer_norm(w, f"{name}.norm", output)
         logits.append(linear(w, f"class_embed.{layer}", normed))
         boxes.append((box_head(w, f"bbox_embed.{layer}", normed) + inverse_sigmoid(not_detached)).sigmoid())

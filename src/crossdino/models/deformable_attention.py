@@ -485,12 +485,20 @@ class MultiScaleDeformableAttention(nn.Module):
         Returns:
             (N, Q, C).
         """
-        batch, queries, _ = query.shape
+        return self.attend(query, reference_points, self.project(value, padding_mask), spatial_shapes)
+
+    def project(self, value: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """What `attend` reads: (N, L, heads, C / heads), for queries that come in several parts; see `forward`."""
         projected = self.value_proj(value)
         if padding_mask is not None:
             projected = projected.masked_fill(padding_mask.unsqueeze(-1), 0.0)
-        projected = projected.unflatten(-1, (self.num_heads, -1))
+        return projected.unflatten(-1, (self.num_heads, -1))
 
+    def attend(
+        self, query: Tensor, reference_points: Tensor, projected: Tensor, spatial_shapes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """The attention to tokens that are projected already; see `forward`."""
+        batch, queries, _ = query.shape
         dtype = torch.promote_types(reference_points.dtype, torch.float32)
         points = (batch, queries, self.num_heads, self.num_levels, self.num_points)
         offsets = self.sampling_offsets(query).to(dtype).view(*points, 2)

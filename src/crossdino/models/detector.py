@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from crossdino.config import InferenceConfig, ModelConfig
 from crossdino.errors import InputError
 from crossdino.models.backbones import build_backbone
 from crossdino.models.cctm import build_fusion
-from crossdino.models.decoder import MLP, Decoder
-from crossdino.models.denoising import denoising_visibility, make_denoising_queries
+from crossdino.models.decoder import MLP, Decoder, QueryBlock, block_visibility
+from crossdino.models.denoising import DenoisingQueries, make_denoising_queries
 from crossdino.models.encoder import Encoder
 from crossdino.models.position import sine_position
 from crossdino.structures import DenoisingOutput, DetectorOutput, LayerOutput, Target
@@ -66,7 +67,11 @@ class CrossDINO(nn.Module):
     Attributes:
         config, inference: as given.
         mean, std: what the backbone's input is normalised with, three numbers each for RGB in [0, 1].
+        checkpoint_activations: while training, keep only the inputs of the backbone, of each layer and of the fusion
+            for the backward pass and compute the rest again; the same result with less memory and more time.
     """
+
+    checkpoint_activations: bool = False
 
     def __init__(self, config: ModelConfig, inference: InferenceConfig | None = None) -> None:
         super().__init__()
@@ -148,13 +153,23 @@ class CrossDINO(nn.Module):
                 projected.append(projection(last if level == len(maps) else projected[-1]))
         return projected
 
+    @property
+    def _checkpointed(self) -> bool:
+        return self.checkpoint_activations and self.training and torch.is_grad_enabled()
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        """The backbone's maps; whatever is random in it (stochastic depth) is drawn the same when computed again."""
+        if self._checkpointed:
+            return checkpoint(self.backbone, images, use_reentrant=False)
+        return self.backbone(images)
+
     def _features_shared(self, images: Tensor, padding_mask: Tensor | None) -> FeatureLevels:
         num_images, _, height, width = images.shape
         if padding_mask is None:
             padding_mask = torch.zeros((num_images, height, width), dtype=torch.bool, device=images.device)
         divisor = self.backbone.size_divisor
         extra = (-width % divisor, -height % divisor)
-        maps = self._project(self.backbone(F.pad(images, (0, extra[0], 0, extra[1]))))
+        maps = self._project(self._maps(F.pad(images, (0, extra[0], 0, extra[1]))))
         masks, valid_sizes = [], []
         for feature in maps:
             mask = F.interpolate(padding_mask[None].float(), size=feature.shape[-2:])[0].to(torch.bool)
@@ -181,7 +196,7 @@ class CrossDINO(nn.Module):
         for (h, w), indices in members.items():
             crop = images[:, :, :h, :w] if len(members) == 1 else images[indices, :, :h, :w]
             crop = F.pad(crop, (0, -w % divisor, 0, -h % divisor))
-            groups.append((indices, self._project(self.backbone(crop))))
+            groups.append((indices, self._project(self._maps(crop))))
 
         shapes, masks, valid_sizes, maps = [], [], [], []
         valid_counts = [0] * num_images
@@ -289,11 +304,14 @@ class CrossDINO(nn.Module):
             ],
             dim=1,
         ).to(levels.tokens.dtype)
-        memory = self.encoder(levels.tokens, positions, levels.spatial_shapes, levels.valid_ratios, token_mask)
+        arguments = (levels.tokens, positions, levels.spatial_shapes, levels.valid_ratios, token_mask)
+        memory = self.encoder(*arguments, checkpoint_activations=self._checkpointed)
         if self.fusion is not None:
-            memory = self.fusion(levels.tokens, memory, token_mask)
+            if self._checkpointed:
+                memory = checkpoint(self.fusion, levels.tokens, memory, token_mask, use_reentrant=False)
+            else:
+                memory = self.fusion(levels.tokens, memory, token_mask)
         encoder_output, anchors, void = self._select(memory, levels, token_mask)
-        queries = self.tgt_embed.weight[None].expand(len(images), -1, -1)
 
         noisy = None
         if self.training and targets is not None:
@@ -305,21 +323,11 @@ class CrossDINO(nn.Module):
                 config.box_noise_scale,
             )
         visible = None
-        num_noisy = 0
-        if noisy is not None:
-            num_noisy = noisy.labels.shape[1]
-            # Row K of the label embedding stands for "no label": what an empty slot shows.
-            labels = torch.where(noisy.labels >= 0, noisy.labels, config.num_classes)
-            queries = torch.cat((self.label_enc(labels).to(queries.dtype), queries), dim=1)
-            anchors = torch.cat((noisy.anchors, anchors), dim=1)
-            visible = denoising_visibility(noisy, config.num_queries)
         if void is not None:
-            columns = F.pad(~void, (num_noisy, 0), value=True)[:, None, None]
-            itself = torch.eye(columns.shape[-1], dtype=torch.bool, device=columns.device)
-            visible = (columns if visible is None else visible & columns) | itself
-
-        outputs, boxes = self.decoder(
-            queries,
+            itself = torch.eye(config.num_queries, dtype=torch.bool, device=void.device)
+            visible = ~void[:, None, None] | itself
+        matched, blocks = self.decoder(
+            self.tgt_embed.weight[None].expand(len(images), -1, -1),
             anchors,
             memory,
             levels.spatial_shapes,
@@ -327,27 +335,44 @@ class CrossDINO(nn.Module):
             token_mask,
             visible,
             self.bbox_embed,
+            self.class_embed,
             scale_anchor_embedding=config.padding == "shared",
+            blocks=[] if noisy is None else self._blocks(noisy, void),
+            checkpoint_activations=self._checkpointed,
         )
-        logits = [self.class_embed(output) for output in outputs]
+        if void is not None:
+            for layer in matched:
+                layer.pred_logits = layer.pred_logits.masked_fill(void[..., None], _VOID_LOGIT)
         if self.training and noisy is None:
             # Batches without objects leave the label embedding out of the graph; processes in step must not differ.
-            logits[0] = logits[0] + 0.0 * self.label_enc.weight[0, 0]
-        matched = []
-        for layer_logits, layer_boxes in zip(logits, boxes, strict=True):
-            layer_logits, layer_boxes = layer_logits[:, num_noisy:], layer_boxes[:, num_noisy:]
-            if void is not None:
-                layer_logits = layer_logits.masked_fill(void[..., None], _VOID_LOGIT)
-            matched.append(LayerOutput(layer_logits, layer_boxes))
+            matched[0].pred_logits = matched[0].pred_logits + 0.0 * self.label_enc.weight[0, 0]
         denoising = None
         if noisy is not None:
-            denoising = DenoisingOutput(
-                [LayerOutput(a[:, :num_noisy], b[:, :num_noisy]) for a, b in zip(logits, boxes, strict=True)],
-                noisy.num_groups,
-                noisy.group_size,
-                noisy.valid,
-            )
+            layers = [_join_blocks(layer, noisy) for layer in blocks]
+            denoising = DenoisingOutput(layers, noisy.objects, noisy.positive, noisy.num_copies)
         return DetectorOutput(matched[-1].pred_logits, matched[-1].pred_boxes, matched[:-1], encoder_output, denoising)
+
+    def _blocks(self, noisy: DenoisingQueries, void: Tensor | None) -> list[QueryBlock]:
+        """The denoising queries as the decoder wants them."""
+        blocks = []
+        start = 0
+        for size, images in zip(noisy.block_sizes, noisy.block_images, strict=True):
+            slots = slice(start, start + size)
+            start += size
+            some = None
+            parts = [noisy.labels[:, slots], noisy.anchors[:, slots], noisy.islands[:, slots]]
+            if len(images) < len(noisy.labels):
+                some = torch.tensor(images, device=noisy.labels.device)
+                parts = [part[some] for part in parts]
+            labels, anchors, islands = parts
+            hidden = void if void is None or some is None else void[some]
+            # Row K of the label embedding stands for "no label": what an empty slot shows.
+            contents = self.label_enc(torch.where(labels >= 0, labels, self.config.num_classes))
+            contents = contents.to(self.tgt_embed.weight.dtype)
+            blocks.append(
+                QueryBlock(contents, anchors, block_visibility(islands, self.config.num_queries, hidden), some)
+            )
+        return blocks
 
     def save_pretrained(
         self,
@@ -389,6 +414,20 @@ def _feature_levels(
 ) -> FeatureLevels:
     widths_heights = torch.tensor([(width, height) for height, width in shapes], device=valid_sizes.device)
     return FeatureLevels(tokens, shapes, masks, valid_sizes, valid_sizes / widths_heights, valid_counts)
+
+
+def _join_blocks(blocks: list[LayerOutput], noisy: DenoisingQueries) -> LayerOutput:
+    """The outputs of all blocks side by side, (N, D, ...); zeros for images that have nothing in a block."""
+    joined = []
+    for parts in ([block.pred_logits for block in blocks], [block.pred_boxes for block in blocks]):
+        whole = []
+        for part, images in zip(parts, noisy.block_images, strict=True):
+            if len(images) < len(noisy.labels):
+                empty = part.new_zeros((len(noisy.labels), *part.shape[1:]))
+                part = empty.index_copy(0, torch.tensor(images, device=part.device), part)
+            whole.append(part)
+        joined.append(torch.cat(whole, dim=1))
+    return LayerOutput(*joined)
 
 
 def _check(config: ModelConfig) -> None:

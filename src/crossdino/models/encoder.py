@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from crossdino.models.deformable_attention import MultiScaleDeformableAttention
 
@@ -89,6 +90,7 @@ class Encoder(nn.Module):
         spatial_shapes: list[tuple[int, int]],
         valid_ratios: Tensor,
         padding_mask: Tensor | None,
+        checkpoint_activations: bool = False,
     ) -> Tensor:
         """Encode the tokens of all levels.
 
@@ -98,11 +100,17 @@ class Encoder(nn.Module):
             spatial_shapes: (H_l, W_l) of each level.
             valid_ratios: (N, levels, 2), see `encoder_reference_points`.
             padding_mask: (N, L) bool, true on padding, or None.
+            checkpoint_activations: keep only the inputs of each layer for the backward pass.
 
         Returns:
             (N, L, C).
         """
         reference_points = encoder_reference_points(spatial_shapes, valid_ratios)
         for layer in self.layers:
-            tokens = layer(tokens, positions, reference_points, spatial_shapes, padding_mask)
+            arguments = (tokens, positions, reference_points, spatial_shapes, padding_mask)
+            if checkpoint_activations:
+                # Nothing in a layer is random.
+                tokens = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = layer(*arguments)
         return tokens
