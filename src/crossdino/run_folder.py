@@ -1,8 +1,9 @@
 """A training's output folder and the state that is saved in it.
 
-It holds `config.yaml` (resolved), `log.jsonl`, `curves_*.png`, `best/` (the model folder of the best AP) and `last/`
-(the model folder of the last epoch, and what is needed to resume). Each of the two model folders is replaced as a
-whole, so that a machine that dies leaves the older one.
+It holds `config.yaml` (resolved), `log.jsonl`, `metrics.csv`, `curves.png`, `problems.csv` (of the data), the trackers'
+files, `best/` (the best model folder) and `last/` (the latest model folder, and what is needed to resume), and
+`failure.pt` after a loss that was not finite. Each of the two model folders is replaced as a whole, so that a machine
+that dies leaves the older one.
 """
 
 from __future__ import annotations
@@ -19,19 +20,36 @@ from torch.optim.swa_utils import AveragedModel
 
 from crossdino.checkpoints import recover_folder, replaced_folder, save_model, written_whole
 from crossdino.config import Config, from_dict, read_yaml, to_dict, write_yaml
-from crossdino.data.formats import DatasetIndex
+from crossdino.data.index import DatasetIndex
 from crossdino.errors import InputError
 from crossdino.evaluation.average_precision import AveragePrecisionResult
 from crossdino.model_card import model_card, size_histogram
 from crossdino.models.detector import CrossDINO
+from crossdino.tracking import RUNS_FILE
 
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "log.jsonl"
-CURVES_FILES = ("curves_loss.png", "curves_ap.png")
+CSV_FILE = "metrics.csv"
+CURVES_FILE = "curves.png"
+PROBLEMS_FILE = "problems.csv"
+FAILURE_FILE = "failure.pt"
 TRAINER_FILE = "trainer.pt"
 # What a training puts into its output folder, and so what --overwrite may delete.
-_FILES = (CONFIG_FILE, LOG_FILE, *CURVES_FILES)
-_FOLDERS = ("last", "best", ".last.old", ".best.old", ".last.partial", ".best.partial")
+_FILES = (CONFIG_FILE, LOG_FILE, CSV_FILE, CURVES_FILE, FAILURE_FILE, RUNS_FILE)
+_FOLDERS = ("last", "best", ".last.old", ".best.old", ".last.partial", ".best.partial", "tensorboard", "wandb")
+
+
+# The fields of the state that are plain values.
+_COUNTERS = (
+    "epoch",
+    "step",
+    "images_in_epoch",
+    "seconds",
+    "best_value",
+    "evaluations_without_gain",
+    "skipped_updates",
+    "evaluations",
+)
 
 
 @dataclass
@@ -43,9 +61,13 @@ class TrainingState:
         model: the same as accelerate wraps it for several processes.
         ema: the average of its weights, or None.
         optimizer: AdamW.
+        scaler: scales the loss of a training in fp16; does nothing otherwise.
         epoch, step: finished epochs and updates.
+        images_in_epoch: images of the present epoch that all processes together have seen.
         seconds: spent in training and evaluation.
-        best_ap: the best AP so far, None before the first evaluation.
+        best_value: the best value so far of the number that the best checkpoint is chosen by; None before the first.
+        evaluations_without_gain: evaluations since then.
+        skipped_updates: updates in a row that were left out because a gradient of fp16 was not finite.
         evaluations: the log's records of all evaluations.
     """
 
@@ -53,10 +75,14 @@ class TrainingState:
     model: nn.Module
     ema: AveragedModel | None
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
     epoch: int = 0
     step: int = 0
+    images_in_epoch: int = 0
     seconds: float = 0.0
-    best_ap: float | None = None
+    best_value: float | None = None
+    evaluations_without_gain: int = 0
+    skipped_updates: int = 0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -95,7 +121,7 @@ def check_output(output: Path, config: Config, resume: bool, overwrite: bool) ->
 
 
 def has_checkpoint(output: Path) -> bool:
-    """Whether there is a finished epoch to continue after (perhaps one that a dying machine had moved aside)."""
+    """Whether there is a state to continue from (perhaps one that a dying machine had moved aside)."""
     return any((output / name / TRAINER_FILE).is_file() for name in ("last", ".last.old"))
 
 
@@ -143,17 +169,14 @@ def save_best(
 def save_last(output: Path, state: TrainingState, config: Config, train_index: DatasetIndex) -> None:
     """Replace `last/` by the present model and everything that `load_last` needs.
 
-    The state of the random number generators is not part of it: each epoch draws from (seed, epoch, process).
+    The state of the random number generators is not part of it: each step draws from (seed, step, process).
     """
     trainer = {
-        "epoch": state.epoch,
-        "step": state.step,
-        "seconds": state.seconds,
-        "best_ap": state.best_ap,
-        "evaluations": state.evaluations,
+        **{name: getattr(state, name) for name in _COUNTERS},
         "model": state.detector.state_dict(),
         "ema": state.ema.state_dict() if state.ema is not None else None,
         "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
     }
     card = _card(state, config, train_index, None)
     with replaced_folder(output / "last") as partial:
@@ -173,15 +196,16 @@ def load_last(output: Path, state: TrainingState) -> None:
         trainer = torch.load(path, map_location="cpu", weights_only=True)
         state.detector.load_state_dict(trainer["model"])
         state.optimizer.load_state_dict(trainer["optimizer"])
+        state.scaler.load_state_dict(trainer["scaler"])
         if state.ema is not None:
             # Without an average so far, it starts with the weights that were just loaded.
             averaged = trainer["ema"] or {f"module.{name}": value for name, value in trainer["model"].items()}
             state.ema.load_state_dict(averaged, strict=trainer["ema"] is not None)
+        for name in _COUNTERS:
+            setattr(state, name, trainer[name])
     except (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()
         raise InputError(f"cannot resume from {path} ({reason[0] if reason else error!r}); start anew") from None
-    state.epoch, state.step, state.seconds = trainer["epoch"], trainer["step"], trainer["seconds"]
-    state.best_ap, state.evaluations = trainer["best_ap"], trainer["evaluations"]
 
 
 def _card(
@@ -203,6 +227,8 @@ def _card(
         "averaged weights": f"decay {settings.ema_decay:g}" if settings.ema_decay else "no",
         "seed": settings.seed,
     }
+    if config.data.tile_size:
+        facts["tiles (px)"] = f"{config.data.tile_size}, overlapping by {config.data.tile_overlap}"
     # File names only: where the files lie on this machine is nobody's business.
     data = f"Trained on {train_index.annotations.name}"
     if evaluated is not None and config.data.val_annotations is not None:

@@ -1,0 +1,248 @@
+"""What is done before the first step: settings, data, model, optimiser."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch.optim.swa_utils import AveragedModel
+
+from crossdino.checkpoints import start_from, written_whole
+from crossdino.config import Config, InferenceConfig, TrainingConfig
+from crossdino.data import DatasetIndex, Problems, find_splits, load_coco, load_dataset
+from crossdino.data.dataset import DetectionDataset, build_loader
+from crossdino.errors import InputError
+from crossdino.evaluation.average_precision import evaluate_detections
+from crossdino.models.detector import CrossDINO
+from crossdino.run_folder import TrainingState
+from crossdino.tracking import check_trackers
+from crossdino.training.schedule import averaging, epoch_order, parameter_groups
+from crossdino.visualization import draw_batch
+
+
+def check_settings(config: Config) -> None:
+    """Refuse settings with which no training can be made."""
+    settings = config.training
+    if config.data.train_annotations is None and config.data.source is None:
+        raise InputError(
+            "no training data: give data.source (--data), a folder or YAML file, or data.train_annotations, a COCO file"
+        )
+    for name in ("epochs", "batch_size", "gradient_accumulation", "evaluate_every"):
+        if getattr(settings, name) < 1:
+            raise InputError(f"training.{name} is {getattr(settings, name)}, it must be at least 1")
+    names = ("learning_rate", "backbone_learning_rate", "weight_decay", "clip_norm", "max_minutes", "warmup_steps")
+    for name in (*names, "save_minutes", "patience"):
+        if not (math.isfinite(getattr(settings, name)) and getattr(settings, name) >= 0):
+            raise InputError(f"training.{name} is {getattr(settings, name)}, it must be 0 or more")
+    if not 0 <= settings.final_factor <= 1:
+        raise InputError(f"training.final_factor is {settings.final_factor}, it must lie between 0 and 1")
+    if not 0 <= settings.ema_decay < 1:
+        raise InputError(f"training.ema_decay is {settings.ema_decay}, it must be at least 0 and below 1")
+    check_trackers(settings.trackers)
+    known = ("auto", "ap", "ap50", "ap75", *(f"ap {band}" for band in config.evaluation.size_bands))
+    if settings.best_metric not in known:
+        raise InputError(f"training.best_metric is {settings.best_metric!r}: choose one of {', '.join(known)}")
+    if not 0 < config.evaluation.merge_iou <= 1:
+        raise InputError(f"evaluation.merge_iou is {config.evaluation.merge_iou}, it must be above 0 and at most 1")
+
+
+def load_data(config: Config, console: Console) -> tuple[DatasetIndex, DatasetIndex | None]:
+    """The training and the validation set, checked; what was found is printed in a few lines."""
+    data = config.data
+    options: dict[str, Any] = {"ignore_categories": data.ignore_categories, "check": data.check}
+
+    def load(split: str, annotations: str | None, images: str | None, class_names: Any) -> DatasetIndex:
+        if annotations is not None:
+            index = load_coco(annotations, images, class_names=class_names, **options)
+        else:
+            assert data.source is not None
+            index = load_dataset(data.source, split, class_names=class_names, **options)
+        for line in index.problems.lines():
+            console.print(f"{index.annotations}: {line}", soft_wrap=True, markup=False)
+        if data.bad_boxes == "error":
+            index.refuse_bad_boxes()
+        return index
+
+    train_index = load("train", data.train_annotations, data.train_images, None)
+    if data.val_annotations is None and (data.source is None or "val" not in find_splits(data.source)):
+        return train_index, None
+    # The labels follow the training data's names, whatever ids the other file gives them.
+    val_index = load("val", data.val_annotations, data.val_images, train_index.class_names)
+    # A file or bands that cannot be evaluated shall be found now, not after the first epoch.
+    settings = config.evaluation
+    evaluate_detections(val_index.to_coco(), [], max_detections=settings.max_detections, size_bands=settings.size_bands)
+    return train_index, val_index
+
+
+def with_classes(config: Config, train_index: DatasetIndex) -> Config:
+    """The configuration with the class names of the data."""
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, class_names=tuple(train_index.class_names))
+    )
+
+
+def write_problems(path: Path, *indices: DatasetIndex | None) -> None:
+    """Everything that was found in the data, with what was done about it."""
+    found = Problems(problem for index in indices if index is not None for problem in index.problems)
+    path.unlink(missing_ok=True)
+    if found:
+        found.write_csv(path)
+
+
+def best_metric(config: Config, val_index: DatasetIndex) -> str:
+    """The number that the best checkpoint is chosen by: AP of the smallest band with enough objects, unless named.
+
+    Enough are 20 objects and 5 % of the validation set: with fewer the choice would follow chance.
+    """
+    if config.training.best_metric != "auto":
+        return config.training.best_metric
+    areas = np.concatenate([record.areas[~record.iscrowd] for record in val_index.records])
+    enough = max(20.0, 0.05 * len(areas))
+    for name, (lower, upper) in sorted(config.evaluation.size_bands.items(), key=lambda band: band[1][1]):
+        if np.count_nonzero((areas >= lower**2) & (areas <= upper**2)) >= enough:
+            return f"ap {name}"
+    return "ap"
+
+
+def make_datasets(
+    config: Config, train_index: DatasetIndex, val_index: DatasetIndex | None, model: CrossDINO
+) -> tuple[DetectionDataset, DetectionDataset | None]:
+    """The training and the validation data, prepared for this model."""
+    seed = config.training.seed
+    train_set = DetectionDataset(train_index, config.data, model.mean, model.std, train=True, seed=seed)
+    if val_index is None:
+        return train_set, None
+    return train_set, DetectionDataset(val_index, config.data, model.mean, model.std, train=False, seed=seed)
+
+
+def announce(
+    config: Config,
+    accelerator: Accelerator,
+    console: Console,
+    model: CrossDINO,
+    train_set: DetectionDataset,
+    val_set: DetectionDataset | None,
+    metric: str | None,
+) -> None:
+    """Tell what will be trained, and what cannot go well."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    tiles = f" ({len(train_set)} tiles an epoch)" if config.data.tile_size else ""
+    console.print(
+        f"{config.name}: {trainable / 1e6:.1f}M trainable parameters, {len(train_set.index.records)} training "
+        f"images{tiles}, {len(val_set.index.records) if val_set is not None else 0} validation images, "
+        f"{len(config.model.class_names)} classes, {accelerator.num_processes} x {accelerator.device.type}, "
+        f"{config.training.precision}",
+        soft_wrap=True,
+    )
+    if metric is not None:
+        console.print(f"best checkpoint by: {metric.replace('ap', 'AP', 1)}")
+    most, queries = train_set.most_objects(), config.model.num_queries
+    if most > queries:
+        what = "a tile" if config.data.tile_size else "an image"
+        console.print(
+            f"warning: up to {most} objects in {what}, but model.num_queries is {queries}: the rest can never be found "
+            f"there; set --model.num_queries {math.ceil(1.2 * most / 100) * 100}"
+            + ("" if config.data.tile_size else " or cut tiles (--data.tile_size)"),
+            soft_wrap=True,
+        )
+
+
+def build_model(config: Config, init_weights: str | Path | None, continues: bool, console: Console) -> CrossDINO:
+    """The model at its start, or at the given weights."""
+    model_config = config.model
+    if continues or init_weights is not None:  # the backbone's own weights would be replaced at once
+        model_config = dataclasses.replace(model_config, backbone_weights=None)
+    model = CrossDINO(model_config)
+    model.config = config.model
+    model.inference = InferenceConfig(
+        config.data.test_short_side,
+        config.data.test_long_side,
+        config.evaluation.num_select,
+        config.data.tile_size,
+        config.data.tile_overlap,
+        config.evaluation.merge_iou,
+    )
+    model.checkpoint_activations = config.training.activation_checkpointing
+    if init_weights is not None and not continues:
+        for line in start_from(model, init_weights):
+            console.print(f"{init_weights}: {line}", soft_wrap=True, markup=False)
+    return model
+
+
+def prepare_state(model: CrossDINO, settings: TrainingConfig, accelerator: Accelerator) -> TrainingState:
+    """Model, average, optimiser and scaler, on their device."""
+    model.to(accelerator.device)
+    if accelerator.device.type == "cpu":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # what CPU convolutions want
+    ema = None
+    if settings.ema_decay > 0:
+        ema = AveragedModel(model, multi_avg_fn=averaging(settings.ema_decay))
+        ema.requires_grad_(False)
+    # The fused update is the fast one on a GPU, and several times slower than the plain one on a CPU.
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, settings),
+        weight_decay=settings.weight_decay,
+        fused=accelerator.device.type == "cuda",
+    )
+    if settings.compile:
+        model.compile(dynamic=True)
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=settings.precision == "fp16")
+    return TrainingState(model, accelerator.prepare(model), ema, optimizer, scaler)
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed every global generator from some whole numbers."""
+    seed = int(np.random.SeedSequence([number % 2**32 for number in numbers]).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def autocast(settings: TrainingConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """The precision of the forward pass."""
+    dtype = torch.float16 if settings.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=settings.precision != "fp32")
+
+
+def show_batch(config: Config, count: int = 1) -> Path:
+    """Draw the first batches of a training as the network gets them, after all augmentation.
+
+    Args:
+        config: as for `train`.
+        count: number of batches.
+
+    Returns:
+        The picture, `batch.jpg` in the output folder.
+
+    Raises:
+        InputError: as `train`.
+    """
+    if count < 1:
+        raise InputError(f"the number of batches to show is {count}: give 1 or more")
+    check_settings(config)
+    train_index, _ = load_data(config, Console(quiet=True))
+    config = with_classes(config, train_index)
+    model = CrossDINO(dataclasses.replace(config.model, backbone_weights=None))
+    train_set, _ = make_datasets(config, train_index, None, model)
+    size = config.training.batch_size
+    order = epoch_order(len(train_set), config.training.seed, 0)[: count * size]
+    batches = list(build_loader(train_set, size, order=order))
+    path = Path(config.training.output) / "batch.jpg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [image for batch in batches for image in batch.images]
+    masks = [mask for batch in batches for mask in batch.padding_mask]
+    targets = [target for batch in batches for target in batch.targets]
+    picture = draw_batch(
+        images, masks, targets, config.model.class_names, model.mean, model.std, max_images=len(images)
+    )
+    with written_whole(path) as partial:
+        picture.save(partial, format="JPEG", quality=92)
+    return path
