@@ -16,7 +16,7 @@ from PIL import Image
 
 from crossdino import training
 from crossdino.checkpoints import save_model
-from crossdino.cli import find_data, main, picture_names, split_settings
+from crossdino.cli import main, picture_names, split_settings
 from crossdino.config import Config, from_dict, read_yaml, to_dict, with_changes, write_yaml
 from crossdino.errors import InputError
 from crossdino.models.detector import CrossDINO
@@ -72,14 +72,16 @@ def mistakes(data: Path, weights: Path) -> list[tuple[list[Any], str]]:
         ([*train, "--trianing.epochs=3"], "unknown setting 'trianing.epochs'; did you mean 'training.epochs'"),
         ([*train, "--training.epochs", "x"], "setting 'training.epochs': expected int, got x"),
         ([*train, "--training.epochs", "1.5"], "setting 'training.epochs': expected int, got 1.5"),
-        ([*train, "--training.precision", "fp16"], "setting 'training.precision'"),
+        ([*train, "--training.precision", "fp8"], "setting 'training.precision'"),
         ([*train, "--training.epochs"], "--training.epochs needs a value"),
         ([*train, "--training.epochs", "--resume"], "--training.epochs needs a value"),
         ([*train, "--overwrit"], "unknown argument '--overwrit'; did you mean '--overwrite'"),
         ([*train, "--epochs", "3"], "unknown argument '--epochs'; did you mean '--training.epochs'"),
         ([*train, "--config", "no.yaml"], "cannot read the configuration file no.yaml"),
-        ([*train, "--data", data / "train"], "has neither train.json nor annotations/instances_train"),
-        ([*train, "--data", "nowhere"], "no folder nowhere"),
+        ([*train, "--data", data / "train"], "holds no data set that is known"),
+        ([*train, "--data", "nowhere"], "nowhere does not exist"),
+        ([*train, "--show-batch", "0"], "0 must be at least 1"),
+        (["train", "--recipe", "compact"], "no training data: give data.source (--data)"),
         ([*train, "--training.epochs", "0"], "training.epochs is 0"),
         ([*train, "--weights", "nowhere"], "no model folder nowhere"),
         ([*evaluate], "give either --predictions"),
@@ -89,6 +91,23 @@ def mistakes(data: Path, weights: Path) -> list[tuple[list[Any], str]]:
         ([*evaluate, "--predictions", "no.json", "--max-detections", "0"], "0 must be at least 1"),
         ([*evaluate, "--predictions", "no.json", "--size-bands", "tiny"], "tiny"),
         (["evaluate", "--predictions", "no.json"], "--ground-truth"),
+        (["evaluate", "--ground-truth", data, "--predictions", "no.json", "--split", "test"], "no split 'test'"),
+        (["evaluate", "--ground-truth", data, "--predictions", "no.json", "--images", "."], "--images goes with"),
+        (["evaluate", "--ground-truth", "nowhere.yaml", "--predictions", "no.json"], "nowhere.yaml does not exist"),
+        (["inspect"], "no data: give a folder"),
+        (["inspect", "nowhere"], "nowhere does not exist"),
+        (["inspect", data / "train"], "holds no data set that is known"),
+        (["inspect", data / "train" / "1.png"], "1.png is no data set"),
+        (["inspect", data, "--split", "tset"], "has no split 'tset', only train, val"),
+        (["inspect", data, "--recipe", "compcat"], "unknown recipe 'compcat'; did you mean 'compact'?"),
+        (["inspect", data, "--memory", "0"], "0 must be a number above 0"),
+        (["inspect", data, "--memory", "much"], "invalid _above_zero value: 'much'"),
+        (["inspect", data, "--outptu", "OUT"], "unknown argument '--outptu'; did you mean '--output'"),
+        (["inspect", data, "--training.epoks", "3"], "unknown setting 'training.epoks'"),
+        (["inspect", data, "--output", data / "train.json"], "train.json is a file; name a folder"),
+        (["inspect", data, "--output", data / "train.json" / "x"], "cannot use "),
+        (["inspect", data, "--json", "no/folder.json"], "cannot write no/folder.json"),
+        (["inspect", data, "--no-trial", "--model.hidden_dim", "30"], "model.hidden_dim 30 must be a multiple"),
         ([*evaluate, "--weights", data], "is not a model folder"),
         ([*predict, "no.jpg"], "no image no.jpg"),
         ([*predict, data], "holds no image"),
@@ -180,8 +199,7 @@ def test_settings_come_from_recipe_then_file_then_command_line(
             "model.num_queries": 9,
             "model.backbone_weights": None,
             "data.quarter_turns": False,
-            "data.train_annotations": str(tiny_data / "train.json"),
-            "data.val_annotations": str(tiny_data / "val.json"),
+            "data.source": str(tiny_data),
             "evaluation.size_bands": {"tiny": (0.0, 8.0)},
         },
     )
@@ -243,26 +261,6 @@ def test_split_settings() -> None:
     assert split_settings(words) == (["train", "--data", "d", "--resume", "x.y"], {"training.lr_x": "a=b", "a.b": "-1"})
 
 
-def test_find_data(tmp_path: Path) -> None:
-    (tmp_path / "annotations").mkdir()
-    for name in ("instances_train2017.json", "captions_train2017.json", "instances_val2017.json"):
-        (tmp_path / "annotations" / name).write_text("{}")
-    (tmp_path / "train2017").mkdir()
-    (tmp_path / "images" / "val2017").mkdir(parents=True)
-    assert find_data(tmp_path) == {
-        "data.train_annotations": str(tmp_path / "annotations" / "instances_train2017.json"),
-        "data.train_images": str(tmp_path / "train2017"),
-        "data.val_annotations": str(tmp_path / "annotations" / "instances_val2017.json"),
-        "data.val_images": str(tmp_path / "images" / "val2017"),
-    }
-    (tmp_path / "annotations" / "instances_train2014.json").write_text("{}")
-    with pytest.raises(InputError, match="several files for train .*choose by --data.train_annotations"):
-        find_data(tmp_path)
-    (tmp_path / "train.json").write_text("{}")
-    found = find_data(tmp_path)
-    assert (found["data.train_annotations"], found["data.train_images"]) == (str(tmp_path / "train.json"), None)
-
-
 # --- the commands ---
 
 
@@ -279,6 +277,83 @@ def test_evaluate_a_file(tiny_data: Path, tmp_path: Path, capsys: pytest.Capture
     assert result["ap"] == 1.0 and result["by_size"]["rest"]["ap"] == 1.0
     assert list(result["by_size"]) == ["tiny", "rest"]
     assert "100.0" in capsys.readouterr().out
+
+
+def test_evaluate_takes_any_data_set(
+    tiny_data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder or a YAML file gives the numbers of its validation file."""
+    (tmp_path / "data.yaml").write_text(
+        f"path: {tiny_data}\ntrain: {{annotations: train.json}}\nval: {{annotations: val.json}}\n"
+    )
+    found = {}
+    for name, truth in (("file", tiny_data / "val.json"), ("folder", tiny_data), ("yaml", tmp_path / "data.yaml")):
+        words = ["evaluate", "--ground-truth", truth, "--json", tmp_path / "out.json"]
+        assert run(*words, "--weights", weights, "--predictions-out", tmp_path / "dets.json") == 0
+        found[name] = json.loads((tmp_path / "out.json").read_text())
+        assert run(*words, "--predictions", tmp_path / "dets.json") == 0
+        assert json.loads((tmp_path / "out.json").read_text()) == found[name]
+    assert found["file"] == found["folder"] == found["yaml"]
+    assert "2 images, short side 64 px" in capsys.readouterr().out
+    words = ["evaluate", "--ground-truth", tiny_data, "--weights", weights, "--split", "train"]
+    assert run(*words, "--tile-size", 32, "--tile-overlap", 8) == 0
+    assert "4 images in 36 tiles of 32 px" in capsys.readouterr().out
+
+
+def test_show_batch(
+    tiny_config: Config, tmp_path: Path, trained: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_yaml(tiny_config, tmp_path / "config.yaml")
+    words = ["train", "--config", tmp_path / "config.yaml", "--output", tmp_path / "out"]
+    assert run(*words, "--show-batch") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'batch.jpg'}\n"
+    with Image.open(tmp_path / "out" / "batch.jpg") as one:
+        assert min(one.size) > 30
+        size = one.size
+    assert run(*words, "--show-batch", "2") == 0
+    with Image.open(tmp_path / "out" / "batch.jpg") as two:
+        assert two.width * two.height > size[0] * size[1]  # four images instead of two
+    assert trained == [] and {path.name for path in (tmp_path / "out").iterdir()} == {"batch.jpg"}
+
+
+def test_inspect_and_train_with_the_proposal(
+    tiny_data: Path, tmp_path: Path, trained: list[tuple[Config, dict[str, Any]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole way: what inspect writes is what train takes."""
+    out = tmp_path / "plan"
+    words = ["inspect", tiny_data, "--recipe", "compact", "--memory", "4", "--no-trial", "--training.epochs", 5]
+    assert run(*words, "--output", out, "--json", tmp_path / "numbers.json") == 0
+    text = capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"inspect.png", "inspect.json", "proposal.yaml"}
+    assert "images (without objects)" in text and "red" in text and "fewer than 10 objects in train" in text
+    assert f"crossdino train --recipe compact --config {out / 'proposal.yaml'} --data {tiny_data}" in text
+    report = json.loads((out / "inspect.json").read_text())
+    assert report == json.loads((tmp_path / "numbers.json").read_text())
+    train = json.loads((tiny_data / "train.json").read_text())
+    splits = report["data"]["splits"]
+    assert (splits["train"]["images"], splits["train"]["objects"]) == (4, len(train["annotations"]))
+    assert splits["val"]["images_without_objects"] == 1
+    # 64 x 64 pixels at the recipe's 448 would be enlarged seven times.
+    assert report["proposal"]["changes"]["data.test_short_side"] == 128
+    assert report["proposal"]["changes"]["training.epochs"] == 5
+    with Image.open(out / "inspect.png") as picture:
+        assert picture.width > 1000
+    assert run("train", "--recipe", "compact", "--config", out / "proposal.yaml", "--data", tiny_data) == 0
+    ((config, _),) = trained
+    assert config == with_changes(recipe("compact"), {**report["proposal"]["changes"], "data.source": str(tiny_data)})
+
+
+def test_inspect_prints_without_writing(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("inspect", tiny_data, "--split", "valid", "--no-trial", "--no-duplicates", "--memory", "9") == 0
+    text = capsys.readouterr().out
+    assert "--output DIR writes" in text and " val " in text and " train " not in text.split("classes")[0]
+    files = ["--data.train_annotations", tiny_data / "train.json", "--data.val_annotations", tiny_data / "val.json"]
+    assert run("inspect", *files, "--no-trial", "--memory", "0.5") == 0
+    assert "not even this fits" in " ".join(capsys.readouterr().out.split())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_evaluate_a_model_gives_the_numbers_of_its_file(tiny_data: Path, weights: Path, tmp_path: Path) -> None:

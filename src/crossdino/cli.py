@@ -1,4 +1,4 @@
-"""The command line: `crossdino train | evaluate | predict | convert-weights | info | recipes`.
+"""The command line: `crossdino inspect | train | evaluate | predict | convert-weights | info | recipes`.
 
 argparse knows the verbs and their few options; every setting of the configuration is an option by its dotted name
 (`--training.epochs 3`), checked by `config.with_changes`. The rooms that import torch are opened inside the commands,
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import glob
 import json
+import math
 import re
 import sys
 import warnings
@@ -33,8 +34,11 @@ if TYPE_CHECKING:
     from PIL import Image
     from rich.console import Console
 
-COMMANDS = ("train", "evaluate", "predict", "convert-weights", "info", "recipes")
+COMMANDS = ("inspect", "train", "evaluate", "predict", "convert-weights", "info", "recipes")
+_DATA_HELP = "a folder, a YAML data file or a COCO JSON file, in COCO, YOLO or Pascal VOC form"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+# The commands that take every setting as an option.
+_WITH_SETTINGS = ("inspect", "train")
 _SETTING = re.compile(r"--([a-z_]+\.[\w.-]+)(?:=(.*))?", re.DOTALL)
 
 
@@ -50,15 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         words = list(sys.argv[1:] if arguments is None else arguments)
         settings: dict[str, str] = {}
-        if words[:1] == ["train"]:
+        if words[:1] and words[0] in _WITH_SETTINGS:
             words, settings = split_settings(words)
         parser = _parser()
         options, unknown = parser.parse_known_args(words)
         if unknown:
-            known = [*options.known_options, *(f"--{name}" for name in option_names() if options.command == "train")]
+            known = [
+                *options.known_options,
+                *(f"--{name}" for name in option_names() if options.command in _WITH_SETTINGS),
+            ]
             word = next((word for word in unknown if word.startswith("-")), unknown[0])
             raise InputError(f"unknown argument '{word}'{close_matches(word.partition('=')[0], known)}")
-        return options.run(options, settings) if options.command == "train" else options.run(options)
+        return options.run(options, settings) if options.command in _WITH_SETTINGS else options.run(options)
     except InputError as error:
         return _fail(str(error))
     except OSError as error:
@@ -124,7 +131,7 @@ def resolve_config(options: argparse.Namespace, settings: dict[str, str]) -> Con
         raise InputError("name a recipe (--recipe; `crossdino recipes` lists them) or a configuration file (--config)")
     if options.config is not None:
         config = with_changes(config, flattened(read_yaml(options.config)))
-    changes: dict[str, Any] = dict(find_data(Path(options.data))) if options.data is not None else {}
+    changes: dict[str, Any] = {"data.source": options.data} if options.data is not None else {}
     changes |= settings
     if options.output is not None:
         changes["training.output"] = options.output
@@ -133,50 +140,59 @@ def resolve_config(options: argparse.Namespace, settings: dict[str, str]) -> Con
     return with_changes(config, changes)
 
 
-def find_data(folder: Path) -> dict[str, str | None]:
-    """The settings `data.*` for a folder in one of the usual layouts.
-
-    Known are `train.json` and `val.json` (images in `train/` and `val/`, or beside), and
-    `annotations/instances_train*.json` and `annotations/instances_val*.json` (images in the folder of the same name).
-
-    Raises:
-        InputError: if there is no such folder, no training file, or more than one.
-    """
-    if not folder.is_dir():
-        raise InputError(f"no folder {folder} (--data)")
-    found: dict[str, str | None] = {}
-    for part in ("train", "val"):
-        candidates = [folder / f"{part}.json"] if (folder / f"{part}.json").is_file() else []
-        if not candidates:
-            candidates = sorted((folder / "annotations").glob(f"*{part}*.json"))
-            instances = [path for path in candidates if path.name.startswith("instances_")]
-            candidates = instances or candidates
-        if len(candidates) > 1:
-            names = ", ".join(path.name for path in candidates)
-            raise InputError(f"{folder} has several files for {part} ({names}); choose by --data.{part}_annotations")
-        if not candidates and part == "train":
-            raise InputError(
-                f"{folder} has neither train.json nor annotations/instances_train*.json; name the file by "
-                "--data.train_annotations"
-            )
-        found[f"data.{part}_annotations"] = str(candidates[0]) if candidates else None
-        images = None
-        if candidates and candidates[0].parent != folder:  # beside train.json the images are found by `load_coco`
-            split = candidates[0].stem.removeprefix("instances_")
-            places = (folder / split, folder / "images" / split, folder / part, folder / "images" / part)
-            images = next((str(place) for place in (*places, folder / "images") if place.is_dir()), str(folder))
-        found[f"data.{part}_images"] = images
-    return found
-
-
 # --- the commands ---
 
 
 def _train(options: argparse.Namespace, settings: dict[str, str]) -> int:
     config = resolve_config(options, settings)
+    if options.show_batch is not None:
+        from crossdino.training import show_batch
+
+        print(show_batch(config, options.show_batch))
+        return 0
     from crossdino.training import train
 
     train(config, resume=options.resume, overwrite=options.overwrite, init_weights=options.weights)
+    return 0
+
+
+def _inspect(options: argparse.Namespace, settings: dict[str, str]) -> int:
+    output = Path(options.output) if options.output is not None else None
+    if output is not None and output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file; name a folder")
+    numbers = Path(options.json) if options.json is not None else None
+    if numbers is not None and not numbers.absolute().parent.is_dir():
+        raise InputError(f"cannot write {numbers}: no folder {numbers.absolute().parent}")
+    name = options.recipe or ("compact" if options.config is None else None)
+    base = Config()
+    if name is not None:
+        from crossdino.recipes import recipe
+
+        base = recipe(name)
+    file_settings = flattened(read_yaml(options.config)) if options.config is not None else {}
+    source = {"data.source": options.data} if options.data is not None else {}
+    config = with_changes(base, {**file_settings, **source, **settings})
+    # A whole configuration as a run writes it repeats most of the recipe: only what differs is the user's choice.
+    before, after = (flattened(to_dict(one)) for one in (base, config))
+    given = [name for name in after if name in settings or (name in file_settings and before[name] != after[name])]
+    from crossdino.inspect_report import PROPOSAL_FILE, inspect_and_propose
+
+    words = ["crossdino train", f"--recipe {name}" if name is not None else ""]
+    words += [f"--config {output / PROPOSAL_FILE}" if output is not None else ""]
+    words += [f"--data {options.data}" if options.data is not None else ""]
+    inspect_and_propose(
+        config,
+        base,
+        given,
+        _console(),
+        splits=options.split.split(",") if options.split else (),
+        memory_bytes=None if options.memory is None else options.memory * 1e9,
+        trial=not options.no_trial,
+        duplicates=not options.no_duplicates,
+        output=output,
+        numbers=numbers,
+        how_to=" ".join(filter(None, words)),
+    )
     return 0
 
 
@@ -193,8 +209,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     bands = parse_size_bands(options.size_bands) if options.size_bands else COCO_SIZE_BANDS
     truth: Any = options.ground_truth
     detections: Any = options.predictions
+    if options.images is not None and not _is_one_file(truth):
+        raise InputError(f"--images goes with a COCO file only; {truth} says itself where its images are")
     if options.weights is not None:
         truth, detections = _detect(options)
+    elif not _is_one_file(truth):
+        from crossdino.data.formats import load_dataset
+
+        truth = load_dataset(truth, options.split, require_images=False).to_coco()
     if options.predictions_out is not None:
         _write_json(Path(options.predictions_out), detections)
     result = evaluate_detections(truth, detections, max_detections=options.max_detections, size_bands=bands)
@@ -204,37 +226,59 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _is_one_file(ground_truth: str) -> bool:
+    """Whether the ground truth is a COCO file; a folder or a YAML file is a data set with splits."""
+    path = Path(ground_truth)
+    return not path.is_dir() and path.suffix.lower() not in (".yaml", ".yml")
+
+
 def _detect(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Run a model over the images of the ground truth file; returns the truth as it was understood, and detections."""
+    """Run a model over the images of the ground truth; returns the truth as it was understood, and detections."""
     from rich.progress import track
 
     from crossdino.checkpoints import load_model
     from crossdino.config import DataConfig
+    from crossdino.data.coco import load_coco
     from crossdino.data.dataset import DetectionDataset
-    from crossdino.data.formats import load_coco
+    from crossdino.data.formats import load_dataset
     from crossdino.training import detect_dataset
 
     model = load_model(options.weights, device=_device(options.device))
-    index = load_coco(options.ground_truth, options.images, class_names=model.config.class_names)
-    inference = model.inference
-    data = DataConfig(test_short_side=inference.short_side, test_long_side=inference.long_side)
+    names, inference = model.config.class_names, model.inference
+    if _is_one_file(options.ground_truth):
+        index = load_coco(options.ground_truth, options.images, class_names=names)
+    else:
+        index = load_dataset(options.ground_truth, options.split, class_names=names)
+    data = DataConfig(
+        test_short_side=inference.short_side,
+        test_long_side=inference.long_side,
+        tile_size=inference.tile_size if options.tile_size is None else options.tile_size,
+        tile_overlap=inference.tile_overlap if options.tile_overlap is None else options.tile_overlap,
+    )
     dataset = DetectionDataset(index, data, model.mean, model.std, train=False, seed=0)
     num_select = options.num_select or inference.num_select
     console = _console()
     for line in index.problems.lines():
         console.print(f"{index.annotations}: {line}", soft_wrap=True)
+    what = "tile" if data.tile_size else "image"
     console.print(
-        f"{len(dataset)} images, short side {inference.short_side} px (long side at most {inference.long_side} px), "
-        f"{num_select} detections kept per image"
+        f"{len(index.records)} images{f' in {len(dataset)} tiles of {data.tile_size} px' if data.tile_size else ''}, "
+        f"short side {inference.short_side} px (long side at most {inference.long_side} px), {num_select} detections "
+        f"kept per {what}"
     )
-    progress = iter(track(range(len(dataset)), "detecting", console=console, disable=not console.is_terminal))
+    progress = iter(track(range(len(index.records)), "detecting", console=console, disable=not console.is_terminal))
 
-    def advance(count: int) -> None:
-        for _ in range(count):
-            next(progress, None)
+    def advance(_: int) -> None:
+        next(progress, None)
 
     detections = detect_dataset(
-        model, dataset, num_select=num_select, batch_size=options.batch_size, num_workers=2, on_batch=advance
+        model,
+        dataset,
+        num_select=num_select,
+        merge_iou=inference.merge_iou,
+        batch_size=options.batch_size,
+        num_workers=2,
+        on_image=advance,
     )
     return index.to_coco(), detections
 
@@ -266,6 +310,8 @@ def _predict(options: argparse.Namespace) -> int:
         num_select=options.num_select,
         short_side=options.short_side,
         long_side=options.long_side,
+        tile_size=options.tile_size,
+        tile_overlap=options.tile_overlap,
     )
     console = _console()
     images: list[dict[str, Any]] = []
@@ -461,34 +507,55 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    train = command(
-        "train",
-        _train,
-        "Train a detector.",
-        epilog="Every setting is an option by its dotted name, with the recipe's value as default: "
+    epilog = (
+        "Every setting is an option by its dotted name, with the recipe's value as default: "
         + ", ".join(f"--{name}" for name in option_names() if "." in name)
-        + ". Lists are written as [1, 2]. `crossdino recipes --show NAME` prints a recipe's values.",
+        + ". Lists are written as [1, 2]. `crossdino recipes --show NAME` prints a recipe's values."
     )
+    inspect = command("inspect", _inspect, "Look at a data set and propose settings for it.", epilog=epilog)
+    inspect.add_argument("data", metavar="DATA", nargs="?", help=_DATA_HELP)
+    inspect.add_argument("--recipe", help="what is proposed is relative to it (compact)")
+    inspect.add_argument("--config", metavar="YAML", help="file with settings that are kept")
+    inspect.add_argument("--split", metavar="NAME,...", help="which splits to look at (train and val)")
+    inspect.add_argument("--memory", metavar="GB", type=_above_zero, help="what a training may take (what is free)")
+    inspect.add_argument("--no-trial", action="store_true", help="estimate the memory, make no step")
+    inspect.add_argument("--no-duplicates", action="store_true", help="do not compare the images with each other")
+    inspect.add_argument("--output", metavar="DIR", help="write inspect.png, inspect.json and proposal.yaml")
+    inspect.add_argument("--json", metavar="JSON", help="write all numbers")
+
+    train = command("train", _train, "Train a detector.", epilog=epilog)
     train.add_argument("--recipe", help="where the settings start from; `crossdino recipes` lists them")
     train.add_argument("--config", metavar="YAML", help="file with settings, which go before those of the recipe")
-    train.add_argument("--data", metavar="DIR", help="folder with train.json and val.json, or COCO's layout")
+    train.add_argument("--data", metavar="DATA", help=_DATA_HELP)
     train.add_argument("--output", metavar="DIR", help="where checkpoints, log and curves go")
     train.add_argument("--name", help="of the experiment")
     train.add_argument("--weights", metavar="MODEL", help="model folder or hub id to start from")
     train.add_argument("--resume", action="store_true", help="continue the training in --output")
     train.add_argument("--overwrite", action="store_true", help="delete the training in --output first")
+    train.add_argument(
+        "--show-batch",
+        metavar="N",
+        nargs="?",
+        const=1,
+        type=_positive,
+        help="draw the first N batches (1) into --output as the network gets them, and stop",
+    )
 
     evaluate = command("evaluate", _evaluate, "Measure average precision, of a model or of a file of detections.")
-    evaluate.add_argument("--ground-truth", metavar="JSON", required=True, help="COCO annotations")
+    evaluate.add_argument(
+        "--ground-truth", metavar="DATA", required=True, help=f"COCO annotations, or a data set: {_DATA_HELP}"
+    )
+    evaluate.add_argument("--split", default="val", help="which split of a data set (val)")
     evaluate.add_argument("--predictions", metavar="JSON", help="COCO results to measure")
     evaluate.add_argument("--weights", metavar="MODEL", help="model folder or hub id to measure")
-    evaluate.add_argument("--images", metavar="DIR", help="the ground truth's images (with --weights)")
+    evaluate.add_argument("--images", metavar="DIR", help="the images of COCO annotations (with --weights)")
     evaluate.add_argument("--predictions-out", metavar="JSON", help="write the model's detections")
     evaluate.add_argument("--json", metavar="JSON", help="write all numbers")
     evaluate.add_argument("--max-detections", type=_positive, default=100, help="per image and class (100)")
     evaluate.add_argument("--size-bands", metavar="NAME=LOW-HIGH,...", help="bands of sqrt(area) in pixels")
     evaluate.add_argument("--num-select", type=_positive, help="detections kept per image (the model's own setting)")
-    evaluate.add_argument("--batch-size", type=_positive, default=1, help="images per forward pass (1)")
+    evaluate.add_argument("--batch-size", type=_positive, default=1, help="images or tiles per forward pass (1)")
+    _add_tile_options(evaluate)
     evaluate.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
 
     predict = command("predict", _predict, "Detect objects in images; writes pictures and COCO-style JSON.")
@@ -500,6 +567,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--num-select", type=_positive, help="detections kept per image (the model's own setting)")
     predict.add_argument("--short-side", type=_positive, help="resize to this short side in pixels (the model's own)")
     predict.add_argument("--long-side", type=_positive, help="limit of the long side in pixels (the model's own)")
+    _add_tile_options(predict)
     predict.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
 
     convert = command("convert-weights", _convert_weights, "Turn an official DINO checkpoint into a model folder.")
@@ -518,9 +586,16 @@ def _parser() -> argparse.ArgumentParser:
 
     recipes = command("recipes", _recipes, "List the recipes.")
     recipes.add_argument("--show", metavar="RECIPE", help="print all settings of one as YAML")
-    for made in (train, evaluate, predict, info, recipes):
+    for made in (inspect, train, evaluate, predict, convert, info, recipes):
         made.set_defaults(known_options=list(made._option_string_actions))
     return parser
+
+
+def _add_tile_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tile-size", type=_not_negative, help="cut images into tiles of this side; 0: whole images (the model's own)"
+    )
+    parser.add_argument("--tile-overlap", type=_not_negative, help="of neighbouring tiles in pixels (the model's own)")
 
 
 class _Version(argparse.Action):
@@ -540,6 +615,20 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0")
+    return value
+
+
+def _above_zero(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} must be a number above 0")
     return value
 
 

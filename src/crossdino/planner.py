@@ -1,0 +1,665 @@
+"""From the statistics of a data set to settings for it, each with its reason.
+
+The rules and the numbers behind them:
+
+- Input size. A token of the finest level covers `first_stride` pixels of the network's input (8, or 4). An object with
+  sides of one stride always contains the centre of a token; one with sides of two strides always contains one token's
+  cell as a whole, wherever it lies. So the smallest tenth of the objects shall have at least one stride and the median
+  object at least two. Enlarging an image to more than twice its size adds no detail and is not proposed.
+- Tiles, where whole images of that scale would have clearly more pixels than the recipe was made for. A tile has the
+  recipe's own input size; tiles overlap by the longest side of all but the largest hundredth of the objects, so that
+  nearly every object lies in some tile as a whole.
+- Queries and detections: half as many again as the fullest image or tile has objects. DETR-like detectors find fewer
+  objects than they have queries left for.
+- Boost's beta: the paper takes 1.0 for COCO, 0.1 for VisDrone and SODA-D and 0.05 for AI-TOD. Their median objects are
+  about 1/10, 1/30 and 1/60 of the input's side; in between we take the (geometric) middle. A heuristic. A recipe's
+  lower beta is kept.
+- Batch size: what fits the memory, at most the recipe's; gradient accumulation makes up for the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import textwrap
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crossdino.benchmarks import AITOD_SIZE_BANDS
+from crossdino.checkpoints import written_whole
+from crossdino.config import Config, DataConfig, EvaluationConfig, option_names, to_dict
+from crossdino.data.inspection import Inspection, SplitObjects, network_scales, network_sizes, objects_per_tile
+from crossdino.data.transforms import resize_hw
+from crossdino.trial import Trial, WorstBatch, activation_bytes, available_bytes, fixed_bytes, run_trial
+
+# Memory that is left to loader processes, evaluation and what else runs.
+MEMORY_SHARE = 0.85
+# More than this many times the pixels of the recipe's own input are better cut into tiles.
+_WHOLE_IMAGE_LIMIT = 1.5
+_LARGEST_ENLARGEMENT = 2.0
+# Sizes that fall short of what is wanted by less than this are left alone.
+_TOLERANCE = 1.1
+_HEAD_ROOM = 1.5
+# A note is made where more than this share of the objects stays smaller than a token.
+_TOO_SMALL_SHARE = 0.15
+# (from this relative size of the median object on, beta), see the top of this file.
+_BETAS = ((0.055, 1.0), (0.022, 0.1), (0.0, 0.05))
+# A size band holds enough objects for its AP to mean something from this many, and from this share on.
+_ENOUGH_OBJECTS, _ENOUGH_SHARE = 20, 0.05
+_MOST_TRIALS = 7
+# The overlap of tiles is the largest of these quantiles (%) of the objects' longer sides that is not too long.
+_OVERLAP_QUANTILES = (99.0, 97.5, 95.0, 90.0)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of a proposal.
+
+    Attributes:
+        name: dotted, e.g. `model.num_queries`.
+        value: what is proposed.
+        reason: why, with the numbers that it follows from.
+        changed: false where the recipe's own value is right.
+    """
+
+    name: str
+    value: Any
+    reason: str
+    changed: bool = True
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a training step takes.
+
+    Attributes:
+        limit_bytes: what it may take.
+        source: where the limit comes from, in words.
+        worst: sizes and objects that were assumed.
+        estimated_bytes: before any trial, of the batch size that was tried first.
+        batch_size: the one proposed.
+        activation_checkpointing: whether it needs that.
+        trials: the steps that were made, in order.
+        largest_batch: the largest batch that would fit, going by estimate and trials.
+        fits: false where not even one image fits.
+    """
+
+    limit_bytes: float
+    source: str
+    worst: WorstBatch
+    estimated_bytes: int
+    batch_size: int
+    activation_checkpointing: bool
+    trials: tuple[Trial, ...]
+    largest_batch: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Settings for a data set.
+
+    Attributes:
+        base: the recipe without any change.
+        config: the complete configuration with what was given and what is proposed.
+        settings: every setting that was considered, with its reason.
+        notes: what no setting can mend, one line each.
+        memory: of a step; None where nothing was estimated.
+        epoch_items: images or tiles of an epoch.
+    """
+
+    base: Config
+    config: Config
+    settings: tuple[Setting, ...]
+    notes: tuple[str, ...]
+    memory: MemoryPlan
+    epoch_items: int
+
+    @property
+    def epoch_seconds(self) -> float | None:
+        """Time of an epoch by the last trial, without loading and evaluation; None without a trial."""
+        done = [trial for trial in self.memory.trials if trial.fits and trial.seconds is not None]
+        if not done or done[-1].seconds is None:
+            return None
+        return math.ceil(self.epoch_items / done[-1].batch_size) * done[-1].seconds
+
+    def changes(self) -> dict[str, Any]:
+        """Dotted name -> value of everything that differs from the recipe, but where the data is."""
+        before, after = to_dict(self.base), to_dict(self.config)
+        found: dict[str, Any] = {}
+        for name in option_names():
+            section, _, inner = name.partition(".")
+            pair = (before[section][inner], after[section][inner]) if inner else (before[section], after[section])
+            if pair[0] != pair[1] and name not in ("data.source", "model.class_names", "name"):
+                found[name] = pair[1]
+        return found
+
+    def to_yaml(self, title: str = "") -> str:
+        """The changes as a file for `crossdino train --config`, with the reasons as comments.
+
+        Args:
+            title: comment lines for the top.
+        """
+        import yaml
+
+        reasons = {setting.name: setting.reason for setting in self.settings if setting.changed}
+        lines = [f"# {line}" for line in title.splitlines()]
+        changes = self.changes()
+        section = ""
+        for name, value in changes.items():
+            part, _, inner = name.rpartition(".")
+            if part != section:
+                lines.append(f"{part}:")
+                section = part
+            indent = "  " if part else ""
+            lines += textwrap.wrap(
+                reasons.get(name, "as given"), 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
+            )
+            shown = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000)
+            lines.append(f"{indent}{inner}: {shown.removesuffix('...' + chr(10)).strip()}")
+        return "\n".join(lines if changes else [*lines, "# The recipe fits as it is.", "{}"]) + "\n"
+
+    def write_yaml(self, path: str | Path, title: str = "") -> None:
+        """Write `to_yaml` to a file, whole or not at all."""
+        with written_whole(Path(path)) as partial:
+            partial.write_text(self.to_yaml(title), encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        memory = dataclasses.asdict(self.memory)
+        return {
+            "recipe": self.base.name,
+            "settings": [vars(setting) for setting in self.settings],
+            "changes": self.changes(),
+            "notes": list(self.notes),
+            "memory": memory,
+            "epoch_items": self.epoch_items,
+            "epoch_seconds": self.epoch_seconds,
+        }
+
+
+def propose(
+    inspection: Inspection,
+    config: Config,
+    *,
+    base: Config | None = None,
+    given: Collection[str] = (),
+    memory_bytes: float | None = None,
+    trial: bool = True,
+    on_trial: Callable[[str], None] | None = None,
+) -> Proposal:
+    """Settings for a data set.
+
+    Args:
+        inspection: of the data, the split to train on first.
+        config: a recipe, with changes if wanted.
+        base: the recipe without changes, which the proposal's file is relative to; None: `config`.
+        given: dotted names of settings that were chosen and shall stay as they are in `config`.
+        memory_bytes: what a step may take; None: most of what is free now, on the GPU or in the machine.
+        trial: check the memory by making a step in a process of its own.
+        on_trial: called with a line of text before each of these steps.
+
+    Returns:
+        The proposal.
+
+    Raises:
+        InputError: the configuration describes no possible model.
+    """
+    classes = tuple(dict.fromkeys(item.name for item in inspection.classes)) or config.model.class_names
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, class_names=classes))
+    plan = _Plan(inspection, config, frozenset(given))
+    plan.input_size()
+    plan.counts()
+    plan.size_bands()
+    plan.beta()
+    memory = plan.batch_size(memory_bytes, on_trial if on_trial else lambda _: None, trial)
+    plan.remarks()
+    return Proposal(
+        base or config, plan.config, tuple(plan.settings), tuple(plan.notes), memory, plan.items_of_an_epoch()
+    )
+
+
+class _Plan:
+    """A proposal in the making: the rules, each of which may change `config` and adds its lines."""
+
+    def __init__(self, inspection: Inspection, config: Config, given: frozenset[str]) -> None:
+        self.inspection = inspection
+        self.config = config
+        self.given = given
+        self.settings: list[Setting] = []
+        self.notes: list[str] = []
+        self.split: SplitObjects = inspection.main
+
+    def decide(self, name: str, value: Any, reason: str) -> None:
+        """Take a value for a setting; one that was given by the user stays."""
+        section, _, inner = name.partition(".")
+        present = getattr(getattr(self.config, section), inner)
+        if name in self.given:
+            if present != value:
+                self.notes.append(f"{name} stays at the given {present}; without that it would be {value}: {reason}")
+            return
+        self.settings.append(Setting(name, value, reason, changed=present != value))
+        if present != value:
+            # Not `with_changes`: values made here need no check of their type, which takes a tenth of a second.
+            part = dataclasses.replace(getattr(self.config, section), **{inner: value})
+            self.config = dataclasses.replace(self.config, **{section: part})
+
+    # --- the size of the input ---
+
+    def input_size(self) -> None:
+        """Whole images or tiles, and how large."""
+        sizing = {"data.tile_size", "data.test_short_side", "data.test_long_side"}
+        data, stride = self.config.data, self.config.model.first_stride
+        if sizing & self.given or not len(self.split):
+            return
+        sizes = network_sizes(self.split, data)
+        tenth, median = np.percentile(sizes, (10, 50)).tolist()
+        scale = float(np.median(network_scales(self.split.image_hw, data)[self.split.image_of]))
+        growth = max(stride / tenth, 2 * stride / median)
+        goal = (
+            f"a token of the finest level covers {stride} px: at the network's input the smallest tenth of the objects "
+            f"should have {stride} px and the median {2 * stride} px"
+        )
+        found = f"they have {tenth:.1f} and {median:.1f} px at the recipe's size"
+        target = scale * growth
+        if growth <= 1:
+            if scale > _LARGEST_ENLARGEMENT * _TOLERANCE:
+                self._resize_all(
+                    max(target, _LARGEST_ENLARGEMENT) / scale,
+                    f"the recipe would enlarge these images {scale:.1f} times, more than 2 adds no detail; objects "
+                    f"keep what they need: {goal}",
+                )
+            else:
+                self._keep_size(f"{goal}: {found}")
+            return
+        target = min(target, max(_LARGEST_ENLARGEMENT, scale))
+        if target <= scale * _TOLERANCE:
+            self._keep_size(f"{goal}: {found}; more pixels would add little")
+        elif self._pixels(target) <= _WHOLE_IMAGE_LIMIT * data.test_short_side * data.test_long_side:
+            self._resize_all(target / scale, f"{goal}; {found}")
+        else:
+            self._cut_tiles(
+                target,
+                f"{goal}; {found}, and whole images that would give them that are "
+                f"too large ({' x '.join(f'{side * target:.0f}' for side in self._median_wh())} px)",
+            )
+        sizes = network_sizes(self.split, self.config.data)
+        if (sizes < stride).mean() > _TOO_SMALL_SHARE:
+            self.notes.append(
+                f"{(sizes < stride).mean():.0%} of the objects have less than {stride} px even so"
+                + (
+                    "; --model.first_stride 4 --model.num_feature_levels 5 gives a finer level, at several times the "
+                    "memory and time"
+                    if stride == 8
+                    else ""
+                )
+            )
+
+    def _median_wh(self) -> list[float]:
+        """Median width and height of the images."""
+        return np.median(self.split.image_hw, axis=0)[::-1].tolist()
+
+    def _pixels(self, scale: float) -> float:
+        """Pixels of the median image at a scale."""
+        return float(np.median(self.split.image_hw.prod(1))) * scale**2
+
+    def _keep_size(self, reason: str) -> None:
+        data = self.config.data
+        self.decide("data.tile_size", data.tile_size, reason)
+
+    def _resize_all(self, growth: float, reason: str) -> None:
+        """All sides of the recipe times `growth`, in steps of 32 pixels."""
+        data = self.config.data
+
+        def scaled(side: int) -> int:
+            return max(32, round(side * growth / 32) * 32)
+
+        self.decide("data.test_short_side", scaled(data.test_short_side), reason)
+        same = "in proportion to data.test_short_side"
+        self.decide("data.test_long_side", scaled(data.test_long_side), same)
+        for name in ("train_short_sides", "crop_short_sides", "crop_range"):
+            sides = tuple(scaled(side) for side in getattr(data, name))
+            self.decide(f"data.{name}", sides if name == "crop_range" else tuple(dict.fromkeys(sides)), same)
+        self.decide("data.train_long_side", scaled(data.train_long_side), same)
+
+    def _cut_tiles(self, scale: float, reason: str) -> None:
+        data = self.config.data
+        longest = self.split.boxes_xywh[:, 2:].max(1)
+        usual = float(np.percentile(longest, 95))
+        side = data.test_short_side
+        size = max(64, int(side / scale) // 32 * 32)
+        if size < 2 * usual:
+            size = _round_up(2 * usual, 32)
+            side = min(_round_up(size * scale, 32), _round_up(side * math.sqrt(_WHOLE_IMAGE_LIMIT), 32))
+            reason += f"; a tile is at least twice as long as 95 % of the objects ({usual:.0f} px)"
+        self.decide("data.tile_size", size, f"{reason}: tiles of {size} px, shown to the network at {side} px")
+        limit = size // 3
+        share, length = next(
+            (
+                (q, value)
+                for q, value in zip(
+                    _OVERLAP_QUANTILES, np.percentile(longest, _OVERLAP_QUANTILES).tolist(), strict=True
+                )
+                if value <= limit
+            ),
+            (100 * float((longest <= limit).mean()), limit),
+        )
+        self.decide(
+            "data.tile_overlap",
+            min(max(_round_up(length, 16), 32), limit),
+            f"{share:g} % of the objects are at most {length:.0f} px long, so nearly each of these lies in some tile "
+            "as a whole; more than a third of a tile would multiply the tiles",
+        )
+        if side != data.test_short_side:
+            self.decide("data.test_short_side", side, "so that the objects of the larger tiles keep their size")
+            self.decide("data.train_short_sides", (side,), "in proportion to data.test_short_side")
+        for name in ("test_long_side", "train_long_side"):
+            if getattr(data, name) < side:
+                self.decide(f"data.{name}", side, "tiles are square")
+
+    # --- counts ---
+
+    def per_item(self, split: SplitObjects) -> NDArray[np.int64]:
+        """Objects of each image, or of each tile."""
+        data = self.config.data
+        if data.tile_size:
+            return objects_per_tile(split, data.tile_size, data.tile_overlap, data.tile_keep)
+        return split.per_image
+
+    def counts(self) -> None:
+        """Queries, detections and denoising pairs."""
+        model, evaluation, data = self.config.model, self.config.evaluation, self.config.data
+        what = "tile" if data.tile_size else "image"
+        fullest = max(
+            (int(self.per_item(split).max(initial=0)) for split in self.inspection.splits.values()), default=0
+        )
+        pasted = data.copy_paste_count if data.copy_paste > 0 else 0
+        wanted = _round_count(_HEAD_ROOM * (fullest + pasted))
+        tokens = self._num_tokens()
+        reason = f"the fullest {what} has {fullest} objects"
+        if pasted:
+            reason += f" and copy-paste adds up to {pasted}"
+        if wanted <= model.num_queries <= tokens:
+            reason += f": the recipe's {model.num_queries} leave head room"
+        else:
+            reason += f", and half as many again are head room: {wanted}"
+        queries = max(wanted, model.num_queries)
+        if queries > tokens:
+            queries = max(1, tokens // 10 * 10 if tokens >= 10 else tokens)
+            reason += f"; an image of the usual size has {tokens} tokens, and each query begins as one of them"
+        self.decide("model.num_queries", queries, reason)
+        if fullest > self.config.model.num_queries:
+            self.notes.append(
+                f"the fullest {what} has {fullest} objects, more than model.num_queries {self.config.model.num_queries}"
+                f": the rest cannot be found; {'smaller' if data.tile_size else 'cut'} tiles (--data.tile_size) or a "
+                "larger input help"
+            )
+
+        most = self.config.model.num_queries * self.config.model.num_classes
+        select = min(max(_round_count(_HEAD_ROOM * fullest), evaluation.num_select), most)
+        self.decide(
+            "evaluation.num_select",
+            select,
+            f"detections kept per {what}: the fullest has {fullest} objects"
+            + (f"; {most} (query, class) pairs are all there are" if select == most else ""),
+        )
+        of_class = max(split.most_of_a_class for split in self.inspection.splits.values())
+        self.decide(
+            "evaluation.max_detections",
+            max(_round_count(_HEAD_ROOM * of_class), evaluation.max_detections),
+            f"up to {of_class} objects of one class in one image; detections beyond this number do not count in AP",
+        )
+        per_item = self.per_item(self.split)
+        filled = per_item[per_item > 0]
+        if model.num_denoising and len(filled):
+            high = float(np.percentile(filled, 95))
+            pairs = model.num_denoising if high <= model.num_denoising else min(_round_count(high), 300)
+            self.decide(
+                "model.num_denoising",
+                pairs,
+                f"95 % of the {what}s with objects have at most {high:.0f}; more than {pairs} are denoised in rounds",
+            )
+
+    def _num_tokens(self) -> int:
+        """Tokens of all levels at the median image's (or the tile's) size."""
+        data, model = self.config.data, self.config.model
+        if not self.split.num_images:
+            return model.num_queries
+        hw = (data.tile_size, data.tile_size)
+        if not data.tile_size:
+            areas = self.split.image_hw.prod(1)
+            hw = tuple(self.split.image_hw[np.argsort(areas)[len(areas) // 2]].tolist())
+        height, width = resize_hw(hw, data.test_short_side, data.test_long_side)
+        strides = [model.first_stride * 2**level for level in range(model.num_feature_levels)]
+        return sum(math.ceil(height / stride) * math.ceil(width / stride) for stride in strides)
+
+    # --- evaluation and loss ---
+
+    def size_bands(self) -> None:
+        """Bands that hold enough objects to be measured."""
+        splits = self.inspection.splits
+        name, split = ("val", splits["val"]) if len(splits.get("val", ())) else next(iter(splits.items()))
+        sizes = np.sqrt(split.areas)
+        enough = max(_ENOUGH_OBJECTS, math.ceil(_ENOUGH_SHARE * len(sizes)))
+        if len(sizes) < 2 * enough:
+            return
+        known = {"the recipe": self.config.evaluation.size_bands, "COCO": EvaluationConfig().size_bands}
+        known["AI-TOD"] = AITOD_SIZE_BANDS
+        best: tuple[float, str, dict[str, tuple[float, float]]] | None = None
+        for source, bands in known.items():
+            counts = {band: int(((sizes >= low) & (sizes <= high)).sum()) for band, (low, high) in bands.items()}
+            held = {band: bands[band] for band, count in counts.items() if count >= enough}
+            largest = max(counts.values()) / len(sizes)
+            if len(held) >= 2 and largest <= 0.8 and (best is None or largest < best[0] - 0.05):
+                best = (largest, source, held)
+        if best is not None:
+            largest, source, bands = best
+            reason = f"the bands of {source}: each of these holds at least {enough} objects of {name}, the fullest one "
+            reason += f"{largest:.0%}"
+            left_out = len(known[source]) - len(bands)
+            reason += f"; {left_out} with fewer left out" if left_out else ""
+        else:
+            low, high = (max(1, round(float(value))) for value in np.percentile(sizes, (100 / 3, 200 / 3)))
+            if low == high:
+                return
+            bands = {"small": (0.0, float(low)), "medium": (float(low), float(high)), "large": (float(high), 1e5)}
+            reason = f"thirds of the objects of {name}: of COCO's and AI-TOD's bands not even two hold enough of them"
+        self.decide("evaluation.size_bands", bands, reason)
+
+    def beta(self) -> None:
+        """Boost's beta from the median object's size relative to the network's input."""
+        loss, data = self.config.loss, self.config.data
+        if loss.classification != "boost" or not len(self.split):
+            return
+        if data.tile_size:
+            relative = float(np.median(self.split.sizes_px)) / data.tile_size
+        else:
+            sides = np.sqrt(self.split.image_hw.prod(1))[self.split.image_of]
+            relative = float(np.median(self.split.sizes_px / sides))
+        wanted = next(beta for bound, beta in _BETAS if relative >= bound)
+        reason = (
+            f"the median object is {relative:.3f} of the input's side (COCO about 0.1: 1.0; VisDrone 0.03: 0.1; AI-TOD "
+            "0.016: 0.05; a heuristic)"
+        )
+        if loss.beta < wanted:
+            reason += f"; {wanted:g} would do, the recipe's smaller value is kept"
+        self.decide("loss.beta", min(wanted, loss.beta), reason)
+
+    # --- memory ---
+
+    def batch_size(self, memory_bytes: float | None, on_trial: Callable[[str], None], trial: bool) -> MemoryPlan:
+        """The largest batch up to the recipe's that fits."""
+        free, source = available_bytes() if memory_bytes is None else (memory_bytes, "as given")
+        limit = MEMORY_SHARE * free
+        fullest = int(self.per_item(self.split).max(initial=0))
+        worst = WorstBatch(worst_sizes(self.split, self.config.data), fullest)
+        wanted = self.config.training.batch_size
+        plan = fit_batch(
+            self.config,
+            worst,
+            limit,
+            f"{MEMORY_SHARE:.0%} of {free / 1e9:.1f} GB, {source}",
+            trial=trial,
+            on_trial=on_trial,
+            fixed_batch="training.batch_size" in self.given,
+        )
+        settings = self.config.training
+        height, width = worst.sizes_hw[0]
+        seen = next((t for t in reversed(plan.trials) if t.fits and t.batch_size == plan.batch_size), None)
+        if not plan.fits:
+            reason = f"not even this fits into {limit / 1e9:.1f} GB"
+            self.notes.append(
+                f"a step with one image of {height} x {width} px does not fit into {limit / 1e9:.1f} GB ({plan.source})"
+                ": take a smaller recipe (compact), smaller images (--data.tile_size) or more memory"
+            )
+        elif seen is not None:
+            reason = f"a trial step of {plan.batch_size} x {height} x {width} px with {fullest} objects each took "
+            reason += f"{seen.peak_bytes / 1e9:.1f} GB of {limit / 1e9:.1f} GB ({plan.source})"
+        else:
+            reason = f"{plan.batch_size} x {height} x {width} px with {fullest} objects each: estimated at "
+            reason += f"{plan.estimated_bytes / 1e9:.1f} GB of {limit / 1e9:.1f} GB ({plan.source}), not tried"
+        if plan.largest_batch > plan.batch_size:
+            reason += f"; up to about {plan.largest_batch} would fit"
+        if plan.activation_checkpointing != settings.activation_checkpointing:
+            self.decide("training.activation_checkpointing", True, "without it not even one image fits the memory")
+        self.decide("training.batch_size", plan.batch_size, reason)
+        if plan.batch_size < wanted:
+            accumulated = math.ceil(wanted * settings.gradient_accumulation / plan.batch_size)
+            self.decide(
+                "training.gradient_accumulation",
+                accumulated,
+                f"as many images per update as the recipe ({wanted * settings.gradient_accumulation})",
+            )
+        return plan
+
+    def items_of_an_epoch(self) -> int:
+        """Images of an epoch, or its tiles: those with objects and a share of the others."""
+        data = self.config.data
+        if not data.tile_size:
+            return self.split.num_images
+        per_tile = self.per_item(self.split)
+        full = int((per_tile > 0).sum())
+        return full + min(len(per_tile) - full, round(data.empty_tiles * max(full, 1)))
+
+    def remarks(self) -> None:
+        """What the settings cannot mend."""
+        if list(self.inspection.splits) == ["train"]:
+            self.notes.append("there is no validation split: set one aside, or nobody can tell how good the model is")
+        if not self.config.data.quarter_turns:
+            self.notes.append(
+                "for images without an upright direction (aerial, microscopy) set --data.quarter_turns true "
+                "--data.vertical_flip 0.5; boxes cannot tell"
+            )
+
+
+def fit_batch(
+    config: Config,
+    worst: WorstBatch,
+    limit_bytes: float,
+    source: str,
+    *,
+    trial: bool = True,
+    on_trial: Callable[[str], None] = lambda _: None,
+    fixed_batch: bool = False,
+) -> MemoryPlan:
+    """Find the batch size, at most that of the configuration, whose step fits into the memory.
+
+    The estimate decides what is tried first; a step that takes too much is tried again with half the batch, at last
+    with activation checkpointing; one that leaves room with as many images as its own measure allows.
+
+    Args:
+        config: with the number of classes of the data.
+        worst: sizes and objects of the step.
+        limit_bytes: what the step may take.
+        source: of the limit, in words.
+        trial: make the steps; False goes by the estimate.
+        on_trial: told before each step what is tried.
+        fixed_batch: only look whether the configuration's batch size fits.
+
+    Returns:
+        What was found.
+    """
+    wanted = config.training.batch_size
+    fixed = fixed_bytes(config)
+
+    def estimate(checkpointing: bool) -> float:
+        training = dataclasses.replace(config.training, activation_checkpointing=checkpointing)
+        return activation_bytes(dataclasses.replace(config, training=training), worst)
+
+    def most(per_image: float) -> int:
+        return max(0, int((limit_bytes - fixed) / max(per_image, 1.0)))
+
+    checkpointing = config.training.activation_checkpointing
+    per_image = estimate(checkpointing)
+    if most(per_image) < 1 and not checkpointing:
+        checkpointing, per_image = True, estimate(True)
+    batch = wanted if fixed_batch else min(wanted, max(1, most(per_image)))
+    first_estimate = round(fixed + batch * per_image)
+    trials: list[Trial] = []
+    good: Trial | None = None
+    too_large, failures = wanted + 1, 0
+    fits = most(per_image) >= batch
+    while trial and len(trials) < _MOST_TRIALS:
+        on_trial(f"trial step: {batch} images of {worst.sizes_hw[0][0]} x {worst.sizes_hw[0][1]} px")
+        training = dataclasses.replace(config.training, batch_size=batch, activation_checkpointing=checkpointing)
+        made = run_trial(dataclasses.replace(config, training=training), worst, batch, limit_bytes)
+        trials.append(made)
+        fits = made.fits
+        if fits:
+            good, per_image = made, (made.peak_bytes - fixed) / batch
+            larger = min(wanted, too_large - 1, most(per_image))
+            if larger <= batch:
+                break
+            batch = larger
+        elif fixed_batch or (batch == 1 and checkpointing):
+            break
+        elif batch == 1:
+            checkpointing, too_large, failures = True, wanted + 1, 0
+        else:
+            too_large, failures = batch, failures + 1
+            batch = (good.batch_size + batch) // 2 if good else batch // 2 if failures == 1 else 1
+            if good and batch == good.batch_size:
+                break
+    if good is not None:  # where the last word was a step too far
+        fits, batch = True, good.batch_size
+    return MemoryPlan(
+        limit_bytes,
+        source,
+        worst,
+        first_estimate,
+        batch,
+        checkpointing,
+        tuple(trials),
+        max(most(per_image), batch if fits else 0),
+        fits,
+    )
+
+
+def worst_sizes(split: SplitObjects, data: DataConfig) -> tuple[tuple[int, int], ...]:
+    """The largest inputs of a training: that of most pixels, and, if it is another, that of the other orientation."""
+    short_side = max(data.train_short_sides)
+    shapes = {(data.tile_size, data.tile_size)} if data.tile_size else set(map(tuple, split.image_hw.tolist()))
+    if data.crop_short_sides:
+        low, high = data.crop_range
+        shapes |= {(low, high), (high, low), (high, high)}
+    found = {resize_hw(shape, short_side, data.train_long_side) for shape in shapes or {(short_side, short_side)}}
+    if data.quarter_turns:
+        found |= {(width, height) for height, width in found}
+    largest = max(found, key=lambda hw: (hw[0] * hw[1], hw[1]))
+    height, width = largest
+    other = [hw for hw in found if (hw[0] > hw[1]) != (height > width) and hw[0] != hw[1] and height != width]
+    return (largest, max(other, key=lambda hw: hw[0] * hw[1])) if other else (largest,)
+
+
+def _round_up(value: float, step: int) -> int:
+    return max(1, math.ceil(value / step)) * step
+
+
+def _round_count(value: float) -> int:
+    """Up to a round number: tens below 100, fifties below 500, hundreds above."""
+    return _round_up(value, 10 if value <= 100 else 50 if value <= 500 else 100)
