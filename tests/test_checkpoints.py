@@ -143,7 +143,7 @@ def test_broken_folders_are_named(model: CrossDINO, tmp_path: Path) -> None:
             {"model": {**config["model"], "num_querys": 3}},
             "config.json: unknown setting 'num_querys'; did you mean 'num_queries'.*newer crossdino made it, upgrade",
         ),
-        ({"inference": {"overlap": 3}}, "config.json: unknown setting 'overlap'; if a newer crossdino made it"),
+        ({"inference": {"flip_test": 3}}, "config.json: unknown setting 'flip_test'; if a newer crossdino made it"),
         ({"inference": 3}, "config.json: 'inference' must hold settings, not 3"),
         ({"model": {**config["model"], "hidden_dim": "wide"}}, "config.json: setting 'hidden_dim': expected"),
     ):

@@ -180,9 +180,18 @@ def test_the_average_of_the_weights_is_evaluated_and_saved(tiny_config: Config) 
 def test_stops_in_time_and_can_go_on(tiny_config: Config) -> None:
     config = with_changes(tiny_config, {"training.max_minutes": 1e-6, "training.epochs": 9})
     result = train(config)
-    assert (result.epochs, result.steps) == (1, 1)
+    assert (result.epochs, result.steps) == (0, 1)
     assert (result.weights / "model.safetensors").is_file()
-    assert train(config, resume=True).epochs == 2
+    assert [record["epoch"] for record in result.evaluations] == [0.5]
+    result = train(config, resume=True)
+    assert (result.epochs, result.steps) == (1, 2), "it goes on with the next step"
+    assert [record["epoch"] for record in result.evaluations] == [0.5, 1]
+    train(with_changes(config, {"training.max_minutes": 0.0, "training.epochs": 2}), resume=True)
+    through = with_changes(tiny_config, {"training.output": f"{config.training.output}_through"})
+    expected, found = weights(train(through).output / "last"), weights(result.output / "last")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    rows = list(csv.DictReader((result.output / "metrics.csv").read_text().splitlines()))
+    assert [row["epoch"] for row in rows] == ["0.5", "1", "2"] and all(row["loss"] for row in rows)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -405,6 +414,34 @@ def test_a_training_that_was_cut_off_within_an_epoch_continues_with_the_next_ste
         expected, found = weights(tmp_path / "through" / folder), weights(output / folder)
         assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert records(output, "eval") == records(tmp_path / "through", "eval")
+
+
+def test_a_training_that_was_cut_off_in_its_evaluation_repeats_only_that(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from crossdino.training import evaluation
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    config = with_changes(tiny_config, {"training.save_minutes": 0.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "average_precision", interrupted)
+        with pytest.raises(MemoryError):
+            train(config)
+    original, calls = torch.optim.AdamW.step, []
+
+    def step(optimizer: Any, closure: None = None) -> None:
+        calls.append(1)
+        original(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    result = train(config, resume=True)
+    assert len(calls) == 2, "the second epoch's two updates"
+    assert [record["epoch"] for record in result.evaluations] == [1, 2]
+    through = train(with_changes(config, {"training.output": str(tmp_path / "through")}))
+    expected, found = weights(through.output / "last"), weights(result.output / "last")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def make_metrics(values: list[float]) -> Any:

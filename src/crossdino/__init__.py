@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from crossdino.config import Config, with_changes
+    from crossdino.data import load_dataset
+    from crossdino.data.inspection import inspect_dataset
     from crossdino.errors import InputError
     from crossdino.evaluation.average_precision import evaluate_detections
     from crossdino.models.backbones import StripMLPBackbone, StripMLPClassifier
     from crossdino.models.detector import CrossDINO
+    from crossdino.planner import propose
     from crossdino.predictor import Predictor
     from crossdino.recipes import recipe
     from crossdino.training import train
@@ -26,6 +29,9 @@ _ROOMS = {
     "StripMLPBackbone": "models.backbones",
     "StripMLPClassifier": "models.backbones",
     "evaluate_detections": "evaluation.average_precision",
+    "inspect_dataset": "data.inspection",
+    "load_dataset": "data",
+    "propose": "planner",
     "recipe": "recipes",
     "train": "training",
     "with_changes": "config",
@@ -39,6 +45,9 @@ __all__ = [
     "StripMLPBackbone",
     "StripMLPClassifier",
     "evaluate_detections",
+    "inspect_dataset",
+    "load_dataset",
+    "propose",
     "recipe",
     "train",
     "with_changes",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -125,7 +126,7 @@ class TrainingLog:
         self._sums, self._count = {}, 0
         self._timer.reset()
 
-    def write_evaluation(self, step: int, epoch: int, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    def write_evaluation(self, step: int, epoch: int | float, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Append the numbers of an evaluation; returns the record."""
         record = {"kind": "eval", "step": step, "epoch": epoch, **numbers}
         self._write(record)
@@ -156,9 +157,9 @@ def drop_records_after(path: Path, step: int) -> None:
 def write_metrics_csv(log_path: Path, csv_path: Path) -> None:
     """Write the course of a training as a table: one row per evaluation, or per epoch where there is none yet.
 
-    The columns: epoch (finished ones), step, seconds, lr, the losses averaged over that epoch, ap, ap50, ap75, `ap_`
-    and the name of each size band, `selected` (the number that the best checkpoint is chosen by) and `is_best` (true in
-    one row at most). What a row does not have is left empty.
+    The columns: epoch (finished ones, with the share of an unfinished one), step, seconds, lr, the losses averaged over
+    that epoch, ap, ap50, ap75, `ap_` and the name of each size band, `selected` (the number that the best checkpoint is
+    chosen by) and `is_best` (true in one row at most). What a row does not have is left empty.
 
     Args:
         log_path: the run's `log.jsonl`.
@@ -184,7 +185,7 @@ def write_metrics_csv(log_path: Path, csv_path: Path) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         for record in rows:
-            trained = epochs.get(record["epoch"], [])
+            trained = epochs.get(math.ceil(record["epoch"]), [])
             by_size = record.get("by_size") or {}
             writer.writerow(
                 [

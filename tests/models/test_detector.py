@@ -236,6 +236,7 @@ def test_activation_checkpointing_gives_the_same_gradients_for_less_memory(backb
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which dynamo itself looks at
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_compiled_model_has_the_same_loss_and_gradients(checkpointed):
     """Two image sizes, with and without padding, and other numbers of objects, up to several rounds."""

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import posixpath
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +45,12 @@ UNKNOWN_IMAGE = "annotation of an unknown image"
 UNKNOWN_CATEGORY = "annotation of an unknown or unwanted category"
 REPEATED_ID = "annotation id used again"
 REPEATED_IMAGE = "image listed twice"
+NO_BBOX = "annotation without 'bbox': the box of its polygons is taken"
 
 # The annotation files that lie in the folder of a split: Roboflow's, FiftyOne's, and plain ones.
 NAMES_IN_SPLIT = ("_annotations.coco.json", "annotations.json", "labels.json")
+# The one file of a data set that has no splits: the same ones, Label Studio's and CVAT's.
+NAMES_ALONE = (*NAMES_IN_SPLIT, "result.json", "annotations/instances_default.json")
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,12 @@ def find_coco(folder: Path, split: str, aliases: Sequence[str]) -> CocoSplit | N
     return CocoSplit(found[0], images)
 
 
+def find_coco_alone(folder: Path) -> CocoSplit | None:
+    """The COCO file of a data set without splits, where nothing else was found; its images are for training."""
+    found = [path for path in (folder / name for name in NAMES_ALONE) if path.is_file()]
+    return CocoSplit(found[0]) if len(found) == 1 else None
+
+
 def _tells_split(stem: str, split: str, aliases: Sequence[str]) -> bool:
     """Whether a file's name tells that it is of the split; `trainval` is of `train`."""
     stem = stem.lower()
@@ -124,8 +136,9 @@ def load_coco(
 ) -> DatasetIndex:
     """Read a COCO detection file and find its images.
 
-    Categories may have any integer ids; without `class_names` labels follow the ids' order. Categories of one name
-    become one label. Boxes are clipped to the image; those without finite numbers, without any size left, or given
+    Categories may have any integer ids; without `class_names` labels follow the ids' order. Ids that are written as
+    text ("0017") count as these numbers. Categories of one name become one label, and the id with the most boxes stands
+    for them. Boxes are clipped to the image; those without finite numbers, without any size left, or given
     twice are dropped, as are annotations of unknown images or categories. An image that is listed twice becomes one,
     with the objects of both. All of that is listed in the index's `problems`.
 
@@ -136,7 +149,8 @@ def load_coco(
     Args:
         annotations: the JSON file.
         images: folder of the images; None looks in the JSON file's folder, in a folder of the JSON file's stem, and in
-            `images` and `data` beside it, and takes the one which holds the files.
+            `images` and `data` beside it (for a file in a folder `annotations`, also beside that folder), and takes the
+            one which holds the files.
         class_names: names in the wanted order of the labels (those of a trained model); the file's other categories
             are dropped and listed.
         require_images: False reads the annotations only, and never looks for the images (evaluation of a predictions
@@ -156,7 +170,8 @@ def load_coco(
     document = _read_document(source)
     problems = Problems()
     name_of = _read_categories(source, document["categories"])
-    classes = choose_classes(source, name_of, class_names, ignore_categories, problems, absent_allowed=False)
+    uses = Counter(_as_id(annotation.get("category_id")) for annotation in document["annotations"])
+    classes = choose_classes(source, name_of, class_names, ignore_categories, problems, absent_allowed=False, uses=uses)
     records, position_of = _read_images(source, document["images"], require_images, problems)
     folder, looked_in = _find_folder(source, None if images is None else Path(images), records, require_images)
     records = [empty_record(record.image_id, folder / record.path, (record.width, record.height)) for record in records]
@@ -211,6 +226,8 @@ def _as_id(value: object) -> int | None:
     """A JSON value as an integer id; None when it is none."""
     if type(value) is int:
         return value
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value):
+        return int(value)
     return int(value) if isinstance(value, float) and value.is_integer() else None
 
 
@@ -277,8 +294,11 @@ def _find_folder(
     """The folder which holds most of the image files, and the words that tell where they were looked for."""
     if images is not None and require_images and not images.is_dir():
         raise InputError(f"image folder {images} does not exist; give the folder of the images listed in {source}")
-    names = (".", source.stem, "images", "data", f"images/{source.stem}")
-    folders = [source.parent / name for name in names] if images is None else [images]
+    names = [".", source.stem, "images", "data", f"images/{source.stem}"]
+    if source.parent.name.lower() == "annotations":  # as in COCO itself: beside that folder
+        name = source.stem.removeprefix("instances_")
+        names += ["..", f"../{name}", "../images", f"../images/{name}"]
+    folders = [Path(os.path.normpath(source.parent / name)) for name in names] if images is None else [images]
     sample = [record.path for record in records[:20]]
     found = [sum((folder / name).is_file() for name in sample) for folder in folders]
     best = folders[found.index(max(found))]
@@ -315,6 +335,10 @@ def _read_objects(
         position = None if image_id is None else position_of.get(image_id)
         label = None if category_id is None else classes.label_of.get(category_id)
         box = _as_box(annotation.get("bbox"))
+        if box is None and not annotation.get("bbox"):
+            box = _box_of_polygons(annotation.get("segmentation"))
+            if box is not None:
+                problems.add(*place(number), NO_BBOX, "noted")
         own_id = _as_id(annotation.get("id"))
         if own_id is not None and own_id in seen:
             problems.add(*place(number), REPEATED_ID, "noted")
@@ -330,7 +354,9 @@ def _read_objects(
             area = annotation.get("area")
             area = float(area) if isinstance(area, int | float) and 0 < area < 1e18 else math.nan
             used.append(number)
-            objects.append(RawObject(position, label, box, area, bool(annotation.get("iscrowd"))))
+            # TinyPerson and others mark with `ignore` what is unclear.
+            ignored = any(annotation.get(key) not in (None, 0, "0", "") for key in ("iscrowd", "ignore"))
+            objects.append(RawObject(position, label, box, area, ignored))
     for what in (UNKNOWN_IMAGE, UNKNOWN_CATEGORY):
         if annotations and spoilt.get(what) == len(annotations) and not problems.fatal:
             raise InputError(
@@ -351,3 +377,15 @@ def _as_box(value: object) -> tuple[float, float, float, float] | None:
         if not isinstance(number, int | float) or not abs(number) < 1e9:  # NaN is not below anything
             return None
     return value[0], value[1], value[2], value[3]
+
+
+def _box_of_polygons(value: object) -> tuple[float, float, float, float] | None:
+    """The bounding box of COCO's polygons (lists of x y x y ...); None when they are none."""
+    parts = value if isinstance(value, list) else []
+    if not parts or not all(isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 for part in parts):
+        return None
+    numbers = [number for part in parts for number in part]
+    if not all(isinstance(number, int | float) and abs(number) < 1e9 for number in numbers):
+        return None
+    xs, ys = numbers[::2], numbers[1::2]
+    return min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from crossdino.data.check import Check, Progress
-from crossdino.data.coco import CocoSplit, find_coco, load_coco
+from crossdino.data.coco import CocoSplit, find_coco, find_coco_alone, load_coco
 from crossdino.data.index import DatasetIndex
 from crossdino.data.voc import VocSplit, find_voc, load_voc
-from crossdino.data.yolo import YoloSplit, find_yolo, load_yolo, read_names, read_yolo_file
+from crossdino.data.yolo import YoloSplit, find_root, find_yolo, load_yolo, read_names, read_yolo_file
 from crossdino.errors import InputError
 
 Split = CocoSplit | YoloSplit | VocSplit
@@ -137,6 +137,8 @@ def _search_folder(folder: Path) -> dict[str, Split]:
     found["YOLO labels"] = {name: part for name, part in yolo.items() if part is not None}
     found["Pascal VOC files"] = dict(find_voc(folder, ALIASES))
     found = {what: splits for what, splits in found.items() if splits}
+    if not found and (alone := find_coco_alone(folder)) is not None:
+        return {"train": alone}
     if not found:
         raise InputError(f"{folder} holds no data set that is known; looked for {KNOWN}")
     if len(found) > 1:
@@ -200,7 +202,7 @@ def _read_data_file(path: Path, values: dict[str, Any]) -> dict[str, Split]:
         if not found:
             raise InputError(f"{path} names no images; add 'train' and 'val' with their folders")
         return dict(found)
-    root = path.parent / str(values.get("path") or ".")
+    root = find_root(path, values.get("path"))
     splits: dict[str, Split] = {}
     for name, entry in entries.items():
         if entry is None:

@@ -48,6 +48,7 @@ def choose_classes(
     ignored: Collection[str],
     problems: Problems,
     absent_allowed: bool,
+    uses: Mapping[Any, int] | None = None,
 ) -> Classes:
     """Give the wanted categories their labels; categories of one name become one class.
 
@@ -60,6 +61,7 @@ def choose_classes(
         problems: takes a note of joined categories.
         absent_allowed: whether `wanted` may hold names that the data set does not have (but not only such); they get
             unused ids.
+        uses: category id -> number of boxes: of categories of one name, the id with the most is the one for output.
 
     Raises:
         InputError: a wanted or ignored name is unknown, or nothing is left.
@@ -93,7 +95,7 @@ def choose_classes(
     category_ids: list[int] = []
     for name in names:
         if name in ids_of:
-            category_ids.append(ids_of[name][0])
+            category_ids.append(max(ids_of[name], key=lambda number: (uses or {}).get(number, 0)))
         else:
             free += 1
             category_ids.append(free)

@@ -9,6 +9,7 @@ which a corner lies at 0 is taken as it stands, unlike by supervision, which sub
 from __future__ import annotations
 
 import os
+import posixpath
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,8 @@ def find_voc(folder: Path, aliases: Mapping[str, Sequence[str]]) -> dict[str, Vo
         aliases: split -> the names that it may have.
     """
     splits: dict[str, VocSplit] = {}
-    whole = _find_pair(folder)
+    divided = any(_find_pair(folder, name) for names in aliases.values() for name in names)
+    whole = _find_pair(folder) or (None if divided else _find_pair(folder, deep=True))
     if whole is not None:
         for split, names in aliases.items():
             names = (*names, "trainval") if split == "train" else names
@@ -95,10 +97,21 @@ def find_voc(folder: Path, aliases: Mapping[str, Sequence[str]]) -> dict[str, Vo
     return splits
 
 
-def _find_pair(folder: Path, inner: str = ".") -> tuple[Path, Path] | None:
+def _find_sheets(folder: Path, deep: bool = True) -> list[Path]:
+    """The XML files of a folder (and of the folders below it), in order."""
+    names = folder.rglob("*") if deep else folder.glob("*")
+    return sorted(path for path in names if path.suffix.lower() == ".xml" and not path.name.startswith("."))
+
+
+def _stem(path: Path, folder: Path) -> str:
+    """The name of a file below a folder, without suffix: `a`, `sub/a`."""
+    return path.relative_to(folder).with_suffix("").as_posix()
+
+
+def _find_pair(folder: Path, inner: str = ".", deep: bool = False) -> tuple[Path, Path] | None:
     """The folder of the XML files and that of the images, or the folders `inner` in them."""
     for sheets in (folder / "Annotations" / inner, folder / "annotations" / inner):
-        if any(sheets.glob("*.xml")):
+        if _find_sheets(sheets, deep):
             places = [folder / name / inner for name in ("JPEGImages", "images", "Images")]
             return sheets, next((place for place in places if place.is_dir()), sheets)
     return None
@@ -106,15 +119,14 @@ def _find_pair(folder: Path, inner: str = ".") -> tuple[Path, Path] | None:
 
 def _find_beside(folder: Path) -> tuple[Path, Path] | None:
     """The folder itself, where it holds images and XML files of the same names."""
-    stems = {path.stem for path in folder.glob("*.xml")} if folder.is_dir() else set()
+    stems = {path.stem for path in _find_sheets(folder, deep=False)}
     return (folder, folder) if stems and not stems.isdisjoint(_images_by_stem(folder)) else None
 
 
 def _images_by_stem(folder: Path) -> dict[str, Path]:
-    """The images of a folder by their name without suffix; none where there is no such folder."""
-    names = [name for name in sorted(os.listdir(folder)) if not name.startswith(".")] if folder.is_dir() else []
-    parts = [os.path.splitext(name) for name in names]
-    return {stem: folder / f"{stem}{suffix}" for stem, suffix in parts if suffix.lower() in IMAGE_SUFFIXES}
+    """The images in a folder and below it, by their name in it without suffix; none where there is no such folder."""
+    paths = [Path(root, name) for root, _, names in os.walk(folder) for name in names if not name.startswith(".")]
+    return {_stem(path, folder): path for path in sorted(paths) if path.suffix.lower() in IMAGE_SUFFIXES}
 
 
 @dataclass(frozen=True)
@@ -182,6 +194,8 @@ def load_voc(
         if isinstance(sheet, str):
             problems.add(path, "", UNREADABLE if path.is_file() else NO_XML, "fatal", sheet)
 
+    if not _names(sheets, own):
+        refuse_fatal(source, problems, len(own))
     classes, label_of = _choose_classes(
         source,
         _names(sheets, own),
@@ -224,18 +238,19 @@ def load_voc(
 def _list_sheets(split: VocSplit) -> list[Path]:
     """The XML files of a split, each once; those that a list names need not exist."""
     if split.list_file is None:
-        return sorted(path for path in split.annotations.glob("*.xml") if not path.name.startswith("."))
+        return _find_sheets(split.annotations)
     try:
         lines = split.list_file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{split.list_file} cannot be read ({error}); write it again as UTF-8 text") from None
+    known = {_stem(path, split.annotations): path for path in _find_sheets(split.annotations)}
     paths: list[Path] = []
-    for line in filter(None, map(str.strip, lines)):
-        path = split.annotations / f"{line}.xml"
+    for line in filter(None, (line.strip().replace("\\", "/") for line in lines)):
         name, _, flag = line.rpartition(" ")
-        if flag in ("1", "-1", "0") and not path.is_file():  # VOC's lists of one class tell whether the image has it
-            path = split.annotations / f"{name.strip()}.xml"
-        paths.append(path)
+        # VOC's lists of one class tell whether the image has it; others name the image or the XML file itself.
+        names = (line, name.strip() if flag in ("1", "-1", "0") else line, os.path.splitext(line)[0])
+        found = next((known[name] for name in names if name in known), None)
+        paths.append(found or split.annotations / f"{names[1]}.xml")
     return list(dict.fromkeys(paths))
 
 
@@ -317,17 +332,17 @@ def _pair_images(
 ) -> list[tuple[Path, Path]]:
     """The XML file and the image of every entry; images without an XML file come with the one that they would have."""
     images_of = _images_by_stem(split.images)
-    with_sheet = {path.stem for path in split.annotations.glob("*.xml")}
+    stems = [_stem(path, split.annotations) for path in _find_sheets(split.annotations)]
     entries: list[tuple[Path, Path]] = []
     for path in own:
-        sheet = sheets[path]
-        image = images_of.get(path.stem)
+        sheet, stem = sheets[path], _stem(path, split.annotations)
+        image = images_of.get(stem)
         if image is None:
-            name = sheet.file_name if isinstance(sheet, _Sheet) else ""
-            stem = os.path.splitext(name)[0]
+            named = posixpath.join(posixpath.dirname(stem), sheet.file_name) if isinstance(sheet, _Sheet) else ""
+            other = os.path.splitext(named)[0]
             # An image that has an XML file of its own name is not meant by another one.
-            name = f"{path.stem}.jpg" if not name or stem in with_sheet else name
-            image = images_of.get(os.path.splitext(name)[0], split.images / name)
+            usable = isinstance(sheet, _Sheet) and sheet.file_name and other not in stems
+            image = (images_of.get(other) if usable else None) or split.images / (named if usable else f"{stem}.jpg")
         entries.append((path, image))
     if split.list_file is None:
         taken = {image for _, image in entries}

@@ -45,12 +45,14 @@ class YoloSplit:
         images: folders of images (searched to any depth) and text files that list images.
         names: class index -> name; empty where nobody tells them.
         num_keypoint_values: numbers that follow the box in lines with key points; 0: the data set has none.
+        root: the folder that the YAML file gives as `path`; None: that of `source`.
     """
 
     source: Path
     images: tuple[Path, ...]
     names: Mapping[int, str]
     num_keypoint_values: int = 0
+    root: Path | None = None
 
     @property
     def place(self) -> str:
@@ -69,21 +71,26 @@ def read_yolo_file(
         aliases: split -> the names that it may have.
 
     Raises:
-        InputError: names are missing or do not fit `nc`, or a folder of `train` or `val` does not exist.
+        InputError: names are missing or do not fit `nc`, `kpt_shape` is no list of numbers, or a folder of `train` or
+            `val` does not exist.
     """
     names = read_names(source, values)
     shape = values.get("kpt_shape")
-    num_values = math.prod(int(number) for number in shape) if isinstance(shape, list) else 0
+    try:
+        num_values = math.prod(int(number) for number in shape) if isinstance(shape, list) else 0
+    except (TypeError, ValueError):
+        raise InputError(f"{source}: 'kpt_shape' is {shape}; give the numbers of key points and of their values") from None
+    root = find_root(source, values.get("path"))
     splits: dict[str, YoloSplit] = {}
     for split, keys in aliases.items():
         entry = next((values[key] for key in keys if values.get(key)), None)
         if entry is None:
             continue
         places = [
-            _find_place(source, values.get("path"), text) for text in (entry if isinstance(entry, list) else [entry])
+            _find_place(root, text) for text in (entry if isinstance(entry, list) else [entry])
         ]
         if all(place.exists() for place in places):
-            splits[split] = YoloSplit(source, tuple(places), names, num_values)
+            splits[split] = YoloSplit(source, tuple(places), names, num_values, root)
         elif split != "test":  # the test images are often left out of what is handed on
             absent = next(place for place in places if not place.exists())
             raise InputError(
@@ -119,15 +126,21 @@ def read_names(source: Path, values: Mapping[str, Any]) -> dict[int, str]:
     return name_of
 
 
-def _find_place(source: Path, root: object, text: object) -> Path:
+def find_root(source: Path, path: object) -> Path:
+    """The folder that a YAML data file calls `path`; where there is none of that name, the YAML file's own.
+
+    A `path` that does not exist was written for another machine: what lies beside the YAML file is meant.
+    """
+    root = source.parent / str(path or ".").replace("\\", "/")
+    return root if root.is_dir() else source.parent
+
+
+def _find_place(root: Path, text: object) -> Path:
     """A folder or list as a YAML file names it; where it does not exist, the most likely meaning."""
     name = str(text).replace("\\", "/")
-    roots = [source.parent / str(root).replace("\\", "/")] if root else []
-    # A `path` written for another machine: what lies beside the YAML file is meant.
-    roots = [place for place in roots if place.is_dir()] or [source.parent]
-    candidates = [roots[0] / name]
+    candidates = [root / name]
     if name.startswith("../"):  # Roboflow writes its folders so, although they lie beside the YAML file
-        candidates.append(roots[0] / name.removeprefix("../"))
+        candidates.append(root / name.removeprefix("../"))
     return next((place for place in candidates if place.exists()), candidates[0])
 
 
@@ -174,7 +187,12 @@ def _has_labels_beside(folder: Path) -> bool:
 def _list_folder(folder: Path) -> list[Path]:
     """The images in a folder and the folders below it."""
     found: list[Path] = []
-    for root, _, names in os.walk(folder, followlinks=True):
+    seen: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(root) in seen:  # a link to a folder that was searched already, perhaps to one above it
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
         # A leading point: what operating systems leave behind, such as ._a.jpg.
         found += [
             Path(root, name)
@@ -256,7 +274,8 @@ def _list_images(split: YoloSplit, problems: Problems) -> list[Path]:
             if not name:
                 continue
             # Relative to the list, as ultralytics reads it, or to the data set, as others write it.
-            places = [Path(os.path.normpath(root / name)) for root in (source.parent, split.source.parent)]
+            roots = (source.parent, split.root or split.source.parent, split.source.parent)
+            places = [Path(os.path.normpath(root / name)) for root in roots]
             path = next((place for place in places if place.is_file()), places[0])
             if path in paths:
                 problems.add(source, f"line {number}", LISTED_TWICE, "joined", name)
@@ -279,6 +298,7 @@ def _read_labels(
     num_pixels = 0
     for position, record in enumerate(records):
         candidates = (_label_path(record.path), record.path.with_suffix(".txt"))
+        candidates += tuple(path.with_suffix(".TXT") for path in candidates)
         file = next((path for path in candidates if path.is_file()), None)
         if file is None:
             unlabelled.append(record.path)
@@ -363,7 +383,8 @@ def _note_orphans(split: YoloSplit, files: set[Path], problems: Problems) -> Non
     """List label files that belong to no image, where a folder holds the labels of this split alone."""
     if not all(source.is_dir() for source in split.images):
         return
-    for folder in sorted({file.parent for file in files}):
-        for path in sorted(folder.glob("*.txt")):
-            if path not in files and path.name != "classes.txt" and not path.name.startswith((".", "README")):
-                problems.add(path, "", ORPHAN, "dropped")
+    folders = {file.parent for file in files} | {_label_path(source / "x").parent for source in split.images}
+    paths = {path for folder in folders for path in folder.rglob("*") if path.suffix.lower() == ".txt"}
+    for path in sorted(paths - files):
+        if path.name != "classes.txt" and not path.name.startswith((".", "README")):
+            problems.add(path, "", ORPHAN, "dropped")

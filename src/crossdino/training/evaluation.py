@@ -115,7 +115,7 @@ def evaluate(run: Run) -> AveragePrecisionResult | None:
     state.best_value = value if best else state.best_value
     state.evaluations_without_gain = 0 if best else state.evaluations_without_gain + 1
     chosen = {"metric": name, "selected": value, "best": best}
-    state.evaluations.append(run.log.write_evaluation(state.step, state.epoch, {**numbers, **chosen}))
+    state.evaluations.append(run.log.write_evaluation(state.step, run.epochs_done, {**numbers, **chosen}))
     return result
 
 

@@ -16,12 +16,14 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 from torch import Tensor
 
@@ -79,6 +81,7 @@ from crossdino.training.setup import (
 from crossdino.visualization import training_curves
 
 _LOG_EVERY = 10
+_DRAW_SECONDS = 60.0
 # In fp16 an infinite gradient now and then is how the scale of the loss is found; so many in a row are a failure.
 _MAX_SKIPPED_UPDATES = 25
 
@@ -92,7 +95,7 @@ class TrainingResult:
     Attributes:
         output: the output folder.
         weights: the model folder to use, the best by `best_metric` (of the last epoch without a validation set).
-        epochs, steps: epochs begun and updates made, those before a resume included.
+        epochs, steps: epochs finished and updates made, those before a resume included.
         best_metric: name of the number that the best checkpoint is chosen by, None without a validation set.
         best_value: that number for `weights`, in [0, 1].
         best_ap: AP of `weights` on the validation set, in [0, 1].
@@ -140,7 +143,9 @@ def train(
 def _accelerator() -> Accelerator:
     """The device and the processes that the launcher made."""
     # accelerate must be told of a machine without an accelerator, or each process would take itself for the only one.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    # The others wait while the main process checks the images of a large data set.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patience])
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != world:
         raise InputError(
@@ -216,7 +221,7 @@ def _train(
         if state.evaluations:
             console.print(evaluations_table(state.evaluations))
         console.print(
-            f"{state.epoch} epochs, {state.step} updates in {duration(state.seconds)}{reason}\n"
+            f"{run.epochs_done:g} epochs, {state.step} updates in {duration(state.seconds)}{reason}\n"
             f"weights: {output / 'best'}\ncurves:  {output / CURVES_FILE}\n"
             f"to use them: crossdino predict --weights {output / 'best'} IMAGE --output DIR",
             soft_wrap=True,
@@ -254,8 +259,11 @@ def _train_all_epochs(run: Run) -> str:
     output = Path(settings.output)
     while state.epoch < settings.epochs:
         out_of_time = _train_epoch(run)
-        state.epoch += 1
-        state.images_in_epoch = 0
+        if time.monotonic() - run.saved > min(60.0, 60 * settings.save_minutes):
+            run.save()  # an evaluation may take long
+        if state.images_in_epoch >= len(run.train_set):
+            state.epoch += 1
+            state.images_in_epoch = 0
         evaluated = None
         impatient = False
         last_one = out_of_time or state.epoch == settings.epochs
@@ -264,10 +272,13 @@ def _train_all_epochs(run: Run) -> str:
             impatient = bool(settings.patience) and state.evaluations_without_gain >= settings.patience
         if run.accelerator.is_main_process:
             if run.val_set is None or (evaluated is not None and state.evaluations[-1]["best"]):
-                metrics = {"epoch": state.epoch, **(summary(evaluated) if evaluated else {})}
+                metrics = {"epoch": run.epochs_done, **(summary(evaluated) if evaluated else {})}
                 save_best(output, state, run.config, run.train_index, metrics, evaluated)
-            training_curves(output / LOG_FILE, output / CURVES_FILE)
-            write_metrics_csv(output / LOG_FILE, output / CSV_FILE)
+            # Drawing takes a second, which an epoch may not.
+            if evaluated is not None or last_one or time.monotonic() - run.drawn > _DRAW_SECONDS:
+                training_curves(output / LOG_FILE, output / CURVES_FILE)
+                write_metrics_csv(output / LOG_FILE, output / CSV_FILE)
+                run.drawn = time.monotonic()
         run.save()
         # Only the main process evaluates; the others must stop with it.
         if settings.patience and sum_over_processes([float(impatient)], run.accelerator)[0] > 0:

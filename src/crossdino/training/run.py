@@ -39,8 +39,8 @@ class Run:
         train_index: the training data without the pixels.
         metric: name of the number that the best checkpoint is chosen by.
         log: the log file and the trackers.
-        started, deadline, saved: on the clock of `time.monotonic`, the (virtual) start of the whole training, when its
-            time is over, and when it was last saved.
+        started, deadline, saved, drawn: on the clock of `time.monotonic`, the (virtual) start of the whole training,
+            when its time is over, when it was last saved, and when its curves were last drawn.
     """
 
     config: Config
@@ -58,6 +58,17 @@ class Run:
     started: float = 0.0
     deadline: float = math.inf
     saved: float = dataclasses.field(default_factory=time.monotonic)
+    drawn: float = -math.inf
+
+    @property
+    def epochs_done(self) -> int | float:
+        """Finished epochs, with the share of one that was broken off (`training.max_minutes`)."""
+        state = self.state
+        return (
+            state.epoch + round(state.images_in_epoch / len(self.train_set), 2)
+            if state.images_in_epoch
+            else state.epoch
+        )
 
     def save(self) -> None:
         """Write `last/`."""

@@ -60,11 +60,16 @@ def load_data(config: Config, console: Console) -> tuple[DatasetIndex, DatasetIn
     options: dict[str, Any] = {"ignore_categories": data.ignore_categories, "check": data.check}
 
     def load(split: str, annotations: str | None, images: str | None, class_names: Any) -> DatasetIndex:
-        if annotations is not None:
-            index = load_coco(annotations, images, class_names=class_names, **options)
-        else:
-            assert data.source is not None
-            index = load_dataset(data.source, split, class_names=class_names, **options)
+        with console.status(f"checking the {split} data") as status:
+
+            def show(done: int, total: int) -> None:
+                status.update(f"checking the {split} data: image {done} of {total}")
+
+            if annotations is not None:
+                index = load_coco(annotations, images, class_names, on_progress=show, **options)
+            else:
+                assert data.source is not None
+                index = load_dataset(data.source, split, class_names=class_names, on_progress=show, **options)
         for line in index.problems.lines():
             console.print(f"{index.annotations}: {line}", soft_wrap=True, markup=False)
         if data.bad_boxes == "error":
