@@ -217,6 +217,65 @@ def test_categories_of_one_name(tmp_path: Path) -> None:
     assert index.problems.counts == {"categories of one name": 1}
 
 
+def test_the_used_category_of_one_name_is_kept(tmp_path: Path) -> None:
+    """Roboflow lists the project as category 0, and often a class of the same name, which has all the boxes."""
+    categories = [{"id": 0, "name": "car"}, {"id": 17, "name": "car"}]
+    annotations = [{"id": 1, "image_id": 7, "category_id": 17, "bbox": [1, 1, 5, 5]}]
+    index = load_coco(write(tmp_path, changed(categories=categories, annotations=annotations)))
+    assert index.category_ids == (17,) and index.to_coco()["annotations"][0]["category_id"] == 17
+
+
+def test_ids_written_as_text(tmp_path: Path) -> None:
+    document = copy.deepcopy(GOOD)
+    for entry in (*document["images"], *document["categories"]):
+        entry["id"] = f"{entry['id']:04d}"
+    for entry in document["annotations"][:2]:  # one stays a number
+        entry["image_id"], entry["category_id"] = f"{entry['image_id']:04d}", str(entry["category_id"])
+    index = load_coco(write(tmp_path, document))
+    assert [record.image_id for record in index.records] == [7, 3, 5] and index.category_ids == (0, 17, 90)
+    assert [record.labels.tolist() for record in index.records] == [[0], [2, 1], []] and not index.problems
+    for bad in ("a7", "7.0", 10**30, 1e30, True):
+        document["images"][0]["id"] = bad
+        with pytest.raises(InputError, match="without an integer id: 1 "):
+            load_coco(write(tmp_path, document))
+
+
+@pytest.mark.parametrize(
+    ("marks", "ignored"),
+    [
+        ({"iscrowd": 1}, True),
+        ({"iscrowd": True}, True),
+        ({"iscrowd": "1"}, True),
+        ({"iscrowd": "0"}, False),
+        ({"iscrowd": None}, False),
+        ({"iscrowd": "false", "ignore": 0.0}, False),
+        ({"iscrowd": 0, "ignore": 1}, True),
+        ({"ignore": 0}, False),
+        ({"ignore": False}, False),
+    ],
+)
+def test_what_marks_a_region_to_ignore(tmp_path: Path, marks: dict[str, Any], ignored: bool) -> None:
+    index = load_boxes(tmp_path, {"bbox": [1, 1, 5, 5], **marks})
+    assert index.records[0].iscrowd.tolist() == [ignored]
+
+
+def test_polygons_without_a_box(tmp_path: Path) -> None:
+    polygons = [[4, 5, 10, 5, 10.5, 9], [2, 6, 3, 6, 3, 7, 2, 7]]
+    index = load_boxes(
+        tmp_path,
+        {"segmentation": polygons},
+        {"bbox": [], "segmentation": polygons[:1]},
+        {"bbox": [1, 1, 4], "segmentation": polygons},  # a spoilt box stays one
+        {"segmentation": {"counts": "abc", "size": [30, 40]}},
+        {"segmentation": [[4, 5, float("nan"), 5, 10, 9]]},
+        {"segmentation": []},
+    )
+    assert index.records[0].boxes_xywh.tolist() == [[2, 5, 8.5, 4], [4, 5, 6.5, 4]]
+    counts = index.problems.counts
+    assert counts["annotation without 'bbox': the box of its polygons is taken"] == 2
+    assert counts["box without its four numbers"] == 4
+
+
 def test_unused_class_is_told(tmp_path: Path) -> None:
     index = load_coco(write(tmp_path, changed(annotations=GOOD["annotations"][:2])))
     assert index.problems.lines() == [f"class without any box: 1 noted in {index.annotations} ('van')"]

@@ -138,6 +138,30 @@ def test_coco_layouts(tmp_path: Path, file: str, images: str, val: str) -> None:
     assert only(load_dataset(tmp_path, "val")) == tmp_path / images.format(val) / f"{val}.png"
 
 
+@pytest.mark.parametrize(
+    ("file", "images"),
+    [
+        ("_annotations.coco.json", "."),  # Roboflow
+        ("labels.json", "data"),  # FiftyOne
+        ("result.json", "images"),  # Label Studio
+        ("annotations/instances_default.json", "images/default"),  # CVAT
+        ("annotations/instances_default.json", "images"),
+    ],
+)
+def test_coco_without_splits(tmp_path: Path, file: str, images: str) -> None:
+    path = write_coco(tmp_path / file, tmp_path / images)
+    assert list(find_splits(tmp_path)) == ["train"]
+    assert only(load_dataset(tmp_path)) == only(load_dataset(path)) == tmp_path / images / "a.png"
+    write_coco(tmp_path / "val.json", tmp_path / "val")  # with a file of a split, only such ones count
+    assert list(find_splits(tmp_path)) == ["val"]
+
+
+@pytest.mark.parametrize("images", ["val2017", "images/val2017", "images"])
+def test_one_file_of_coco_alone(tmp_path: Path, images: str) -> None:
+    path = write_coco(tmp_path / "annotations" / "instances_val2017.json", tmp_path / images)
+    assert only(load_dataset(path)) == tmp_path / images / "a.png"
+
+
 def test_other_files_among_annotations(tmp_path: Path) -> None:
     """COCO's own folder: captions, key points, and lists of images without annotations."""
     folder = tmp_path / "annotations"
@@ -176,6 +200,9 @@ def test_yaml_file_for_coco(tmp_path: Path) -> None:
         assert list(find_splits(source)) == ["train", "val", "test"]
         assert only(load_dataset(source)) == tmp_path / "deep" / "pictures" / "a.png"
         assert only(load_dataset(source, "val")) == only(load_dataset(source, "test")) == tmp_path / "deep" / "a.png"
+    yaml.rename(tmp_path / "deep" / "mine.yaml")
+    moved = tmp_path / "deep" / "mine.yaml"  # its `path` does not exist any more: what lies beside it is meant
+    assert only(load_dataset(moved)) == tmp_path / "deep" / "pictures" / "a.png"
     yaml.write_text("train: {annotation: labels/first.json}\n")
     with pytest.raises(InputError, match=r"mine\.yaml: 'train' must hold 'annotations: FILE\.json'"):
         find_splits(yaml)

@@ -181,6 +181,46 @@ def test_lists_of_images(tmp_path: Path) -> None:
         load_dataset(tmp_path)
 
 
+def test_lists_that_name_files(tmp_path: Path) -> None:
+    """Names with their suffix, or of another machine; and a list without any file is told as such."""
+    write(tmp_path, {name: sheet(item()) for name in ("a.1.png", "b.png", "c.png")})
+    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("a.1.png\nb.xml\n/home/x/JPEGImages/c.png\n")
+    assert [record.path.name for record in load_dataset(tmp_path).records] == ["a.1.png", "b.png", "c.png"]
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("d\n")
+    with pytest.raises(DataError, match=r"XML file is missing: 1 in .*d\.xml"):
+        load_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_folders_in_folders(tmp_path: Path, listed: bool) -> None:
+    for name in ("s", "t"):
+        write(tmp_path, {"a.png": sheet(item(name))}, f"JPEGImages/{name}", f"Annotations/{name}")
+    write(tmp_path, {"b.png": sheet(item("s"), filename="other.png")}, "JPEGImages/s", "Annotations/s")
+    (tmp_path / "JPEGImages" / "s" / "b.png").rename(tmp_path / "JPEGImages" / "s" / "other.png")
+    if listed:
+        (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+        (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("s/a\ns\\b\nt/a\n")
+    index = load_dataset(tmp_path)
+    names = [record.path.relative_to(tmp_path / "JPEGImages").as_posix() for record in index.records]
+    assert names == ["s/a.png", "s/other.png", "t/a.png"] and not index.problems
+    assert [record.labels.tolist() for record in index.records] == [[0], [0], [1]]
+
+
+def test_other_folders_beside_the_files_are_left_alone(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": sheet(item())}, ".", ".")
+    write(tmp_path, {"batch.png": sheet(item("dog"))}, "runs/mine", "runs/mine")
+    index = load_dataset(tmp_path)
+    assert len(index.records) == 1 and index.class_names == ("cat",)
+
+
+def test_xml_files_in_upper_case(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": sheet(item()), "b.png": sheet(item())})
+    (tmp_path / "Annotations" / "a.xml").rename(tmp_path / "Annotations" / "a.XML")
+    index = load_dataset(tmp_path)
+    assert index.num_objects == 2 and not index.problems
+
+
 def test_images_without_an_xml_file(tmp_path: Path) -> None:
     index = load_dataset(write(tmp_path, {"a.png": sheet(item()), "b.png": None, "c.png": sheet()}, "images"))
     assert [len(record.labels) for record in index.records] == [1, 0, 0]
@@ -222,6 +262,10 @@ def test_unreadable_xml_files_are_collected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"XML file cannot be read: 2 \(.*a\.xml: no element found.*b\.xml: ") as caught:
         load_dataset(tmp_path)
     assert [problem.done for problem in caught.value.problems] == ["fatal", "fatal", "clipped"]
+    for name in ("c", "d"):  # where none can be read, that is told, and not that there is no object
+        (tmp_path / "Annotations" / f"{name}.xml").write_text("")
+    with pytest.raises(DataError, match="XML file cannot be read: 4"):
+        load_dataset(tmp_path)
 
 
 def test_no_object_anywhere(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from crossdino.data import DataError, DatasetIndex, find_splits, load_dataset
 from crossdino.errors import InputError
 
 
-def write(folder: Path, labels: dict[str, str | None], yaml: str = "names: [cat, dog]\ntrain: images/train\n") -> Path:
+def write(
+    folder: Path, labels: Mapping[str, str | None], yaml: str = "names: [cat, dog]\ntrain: images/train\n"
+) -> Path:
     """Images of 200 x 100 pixels with these label lines (None: no file), and data.yaml."""
     for name, text in labels.items():
         image = folder / "images" / "train" / name
@@ -158,6 +161,35 @@ def test_files_that_belong_to_nothing(tmp_path: Path) -> None:
     ]
 
 
+def test_folders_in_folders(tmp_path: Path) -> None:
+    """One folder a class: labels in folders of the same names, and those without an image are found there."""
+    line = "0 0.5 0.5 0.1 0.1"
+    source = write(tmp_path, {"cat/a b.1.png": line, "dog/a b.1.png": "1 0.5 0.5 0.1 0.1", "dog/c.png": ""})
+    (tmp_path / "labels" / "train" / "cat" / "lost.txt").write_text(line)
+    (tmp_path / "labels" / "train" / "gone").mkdir()
+    (tmp_path / "labels" / "train" / "gone" / "lost too.TXT").write_text(line)
+    index = load_dataset(source)
+    assert [record.labels.tolist() for record in index.records] == [[0], [1], []]
+    assert [Path(problem.file).name for problem in index.problems] == ["lost.txt", "lost too.TXT"]
+
+
+def test_label_files_in_upper_case(tmp_path: Path) -> None:
+    source = write(tmp_path, {"a.png": "0 0.5 0.5 0.1 0.1", "b.png": "1 0.5 0.5 0.1 0.1"})
+    (tmp_path / "labels" / "train" / "a.txt").rename(tmp_path / "labels" / "train" / "a.TXT")
+    index = load_dataset(source)
+    assert index.num_objects == 2 and not index.problems
+
+
+def test_links_that_lead_back(tmp_path: Path) -> None:
+    source = write(tmp_path, {"a.png": "0 0.5 0.5 0.1 0.1\n1 0.5 0.5 0.1 0.1", "b/c.png": ""})
+    (tmp_path / "images" / "train" / "b" / "up").symlink_to(tmp_path / "images" / "train")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    Image.new("RGB", (20, 20)).save(outside / "d.png")
+    (tmp_path / "images" / "train" / "e").symlink_to(outside)
+    assert [record.path.name for record in load_dataset(source).records] == ["a.png", "c.png", "d.png"]
+
+
 def test_no_label_file_at_all(tmp_path: Path) -> None:
     source = write(tmp_path, {"a.png": None, "b.png": None})
     with pytest.raises(InputError, match=r"none of the 2 images in .*labels/train/a\.txt.*put the labels there"):
@@ -209,6 +241,7 @@ def test_wanted_names(tmp_path: Path) -> None:
         ("names: [cat]\ntrain: images/trian\n", "images/trian for train, which does not exist"),
         ("names: [cat]\ntrain: images/train\nval: nowhere\n", "nowhere for val, which does not exist"),
         ("names: [cat]\ntrain: [images/train, more]\n", "more for train, which does not exist"),
+        ("names: [cat]\nkpt_shape: [a, 3]\ntrain: images/train\n", "'kpt_shape' is ['a', '3']"),
         ("train: images/train\n", "does not describe data"),
         ("names: [cat\n", "not a YAML file"),
     ],
@@ -245,10 +278,23 @@ def test_splits_of_a_data_file(tmp_path: Path) -> None:
         load_dataset(tmp_path, "training")
 
 
+def test_lists_are_relative_to_the_path(tmp_path: Path) -> None:
+    """The YAML file, the lists and the images may lie in three places."""
+    write(tmp_path / "birds", {"a.png": "0 0.5 0.5 0.1 0.1", "b.png": "1 0.5 0.5 0.1 0.1"})
+    (tmp_path / "birds" / "lists").mkdir()
+    (tmp_path / "birds" / "lists" / "train.txt").write_text("images/train/a.png\r\n../images/train/b.png\r\n")
+    (tmp_path / "birds.yaml").write_text("path: birds\ntrain: lists/train.txt\nnames: {0: cat, 1: dog}\n")
+    index = load_dataset(tmp_path / "birds.yaml")
+    assert [record.labels.tolist() for record in index.records] == [[0], [1]]
+
+
 def test_missing_image_of_a_list(tmp_path: Path) -> None:
     source = write(tmp_path, {"a.png": ""}, "names: [cat]\ntrain: list.txt\n")
     (tmp_path / "list.txt").write_text("images/train/a.png\nimages/train/b.png\n")
     with pytest.raises(DataError, match=r"\(2 images\).*image is missing: 1 in .*images/train/b\.png"):
+        load_dataset(source)
+    (tmp_path / "list.txt").write_text("/another/machine/a.png\n")
+    with pytest.raises(DataError, match="image is missing: 1 in /another/machine/a.png"):
         load_dataset(source)
 
 

@@ -176,3 +176,24 @@ def test_regions_are_never_matched():
     targets = [Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), **regions_of((-1, 0.5, 0.5, 4.0, 4.0)))] * 3
     losses = Criterion(LossConfig())(dataclasses.replace(output, denoising=None), targets)
     assert losses["loss"].item() == 0.0
+
+
+def test_boxes_that_are_regions_lie_in_them_as_a_whole():
+    """Also with `ignore_overlap` 1 and among many regions, whose edges cut a box into many parts that are added up."""
+    generator = torch.Generator().manual_seed(0)
+    boxes = torch.rand(1, 300, 4, generator=generator) * 0.5 + 0.01
+
+    def ignored(box, regions):
+        target = Target(
+            torch.zeros(0, 4),
+            torch.zeros(0, dtype=torch.int64),
+            ignored_boxes_cxcywh=regions,
+            ignored_labels=torch.zeros(len(regions), dtype=torch.int64),
+        )
+        found = ignored_classes(box, [target], 2, 1.0)
+        assert found is not None and not found[..., 1].any()
+        return found[0, :, 0]
+
+    assert ignored(boxes, boxes[0]).all()
+    shifted = boxes[:, :1] + 0.01 * boxes[:, :1, 2:3] * torch.tensor([1.0, 0, 0, 0])  # 99 % in the region
+    assert not ignored(shifted, boxes[0, :1]).any()

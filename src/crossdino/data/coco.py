@@ -225,10 +225,10 @@ def _read_document(source: Path) -> dict[str, Any]:
 def _as_id(value: object) -> int | None:
     """A JSON value as an integer id; None when it is none."""
     if type(value) is int:
-        return value
+        return value if abs(value) < 1 << 63 else None  # tables of ids hold 64 bits
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value):
         return int(value)
-    return int(value) if isinstance(value, float) and value.is_integer() else None
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e18 else None
 
 
 def _read_categories(source: Path, categories: list[dict[str, Any]]) -> dict[int, str]:
@@ -355,7 +355,7 @@ def _read_objects(
             area = float(area) if isinstance(area, int | float) and 0 < area < 1e18 else math.nan
             used.append(number)
             # TinyPerson and others mark with `ignore` what is unclear.
-            ignored = any(annotation.get(key) not in (None, 0, "0", "") for key in ("iscrowd", "ignore"))
+            ignored = _is_set(annotation.get("iscrowd")) or _is_set(annotation.get("ignore"))
             objects.append(RawObject(position, label, box, area, ignored))
     for what in (UNKNOWN_IMAGE, UNKNOWN_CATEGORY):
         if annotations and spoilt.get(what) == len(annotations) and not problems.fatal:
@@ -367,6 +367,11 @@ def _read_objects(
     if any(min(box) > 0 for box in boxes) and all(max(box) <= 1.0 for box in boxes):
         raise InputError(f"{source}: all boxes lie between 0 and 1; COCO boxes are pixels: multiply by the image size")
     return objects, lambda row: place(used[row])
+
+
+def _is_set(value: object) -> bool:
+    """Whether a JSON value says yes; some programs write all values as text."""
+    return bool(value) and str(value).lower() not in ("0", "0.0", "false")
 
 
 def _as_box(value: object) -> tuple[float, float, float, float] | None:

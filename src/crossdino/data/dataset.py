@@ -75,14 +75,15 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         self._tiles: list[tuple[int, Tile]] = []
         self._tiles_of: list[range] = []
         if data.tile_size:
+            counts: list[NDArray[np.int64]] = []
             for number, record in enumerate(index.records):
                 start = len(self._tiles)
                 grid = tile_grid((record.height, record.width), data.tile_size, data.tile_overlap)
                 self._tiles += [(number, tile) for tile in grid]
                 self._tiles_of.append(range(start, len(self._tiles)))
-            holds_object = np.array([_num_centres(index.records[number], tile) > 0 for number, tile in self._tiles])
-            self._full = np.flatnonzero(holds_object)
-            self._empty = np.flatnonzero(~holds_object)
+                counts.append(_num_centres(record, grid))
+            self._num_objects = np.concatenate(counts) if counts else np.zeros(0, dtype=np.int64)
+            self._full, self._empty = np.flatnonzero(self._num_objects), np.flatnonzero(self._num_objects == 0)
             self._num_empty = min(len(self._empty), round(data.empty_tiles * max(len(self._full), 1)))
             self._chosen: tuple[int, NDArray[np.int64]] | None = None
 
@@ -108,7 +109,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     def most_objects(self) -> int:
         """The largest number of objects of one item (of a tile: objects whose centre lies in it)."""
         if self.data.tile_size:
-            return max(_num_centres(self.index.records[number], tile) for number, tile in self._tiles)
+            return int(self._num_objects.max(initial=0))
         return max((int((~record.iscrowd).sum()) for record in self.index.records), default=0)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Target]:
@@ -190,12 +191,12 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         )
 
 
-def _num_centres(record: ImageRecord, tile: Tile) -> int:
-    """Objects whose centre lies in the tile."""
-    centres = record.boxes_xywh[~record.iscrowd]
-    x, y = centres[:, 0] + centres[:, 2] / 2, centres[:, 1] + centres[:, 3] / 2
-    inside = (x >= tile.left) & (x < tile.left + tile.width) & (y >= tile.top) & (y < tile.top + tile.height)
-    return int(inside.sum())
+def _num_centres(record: ImageRecord, tiles: Sequence[Tile]) -> NDArray[np.int64]:
+    """For each tile, the number of objects whose centre lies in it."""
+    boxes = record.boxes_xywh[~record.iscrowd]
+    x, y = boxes[:, 0] + boxes[:, 2] / 2, boxes[:, 1] + boxes[:, 3] / 2
+    top, left, height, width = np.array([dataclasses.astuple(tile) for tile in tiles]).T[:, :, None]
+    return ((x >= left) & (x < left + width) & (y >= top) & (y < top + height)).sum(1)
 
 
 def _normalized_cxcywh(sample: Sample) -> Tensor:

@@ -53,11 +53,13 @@ class VocSplit:
         annotations: folder of the XML files.
         images: folder of the images.
         list_file: text file that lists the images of the split; None: all in the folders.
+        deep: whether the files lie in folders of these folders.
     """
 
     annotations: Path
     images: Path
     list_file: Path | None = None
+    deep: bool = False
 
     @property
     def place(self) -> str:
@@ -70,23 +72,26 @@ def find_voc(folder: Path, aliases: Mapping[str, Sequence[str]]) -> dict[str, Vo
 
     Known are `Annotations` with `JPEGImages` (or `images`) and the lists `ImageSets/Main/SPLIT.txt` (`trainval` is for
     training where there is no `train`; without lists all images are), and XML files beside the images, or in such
-    folders, in a folder of each split.
+    folders, in a folder of each split. `Annotations` and the folder of the images may have folders of the same names
+    in them, as CVAT writes them.
 
     Args:
         folder: of the data set.
         aliases: split -> the names that it may have.
     """
     splits: dict[str, VocSplit] = {}
+    whole = _find_pair(folder)
     divided = any(_find_pair(folder, name) for names in aliases.values() for name in names)
-    whole = _find_pair(folder) or (None if divided else _find_pair(folder, deep=True))
+    deep = whole is None and not divided
+    whole = _find_pair(folder, deep=True) if deep else whole
     if whole is not None:
         for split, names in aliases.items():
             names = (*names, "trainval") if split == "train" else names
             lists = [folder / "ImageSets" / "Main" / f"{name}.txt" for name in names]
             found = next((path for path in lists if path.is_file()), None)
             if found is not None:
-                splits[split] = VocSplit(*whole, found)
-        return splits or {"train": VocSplit(*whole)}
+                splits[split] = VocSplit(*whole, found, deep)
+        return splits or {"train": VocSplit(*whole, deep=deep)}
     for split, names in aliases.items():
         pairs = [_find_pair(folder, name) or _find_pair(folder / name) or _find_beside(folder / name) for name in names]
         pair = next(filter(None, pairs), None)
@@ -97,7 +102,7 @@ def find_voc(folder: Path, aliases: Mapping[str, Sequence[str]]) -> dict[str, Vo
     return splits
 
 
-def _find_sheets(folder: Path, deep: bool = True) -> list[Path]:
+def _find_sheets(folder: Path, deep: bool) -> list[Path]:
     """The XML files of a folder (and of the folders below it), in order."""
     names = folder.rglob("*") if deep else folder.glob("*")
     return sorted(path for path in names if path.suffix.lower() == ".xml" and not path.name.startswith("."))
@@ -119,14 +124,15 @@ def _find_pair(folder: Path, inner: str = ".", deep: bool = False) -> tuple[Path
 
 def _find_beside(folder: Path) -> tuple[Path, Path] | None:
     """The folder itself, where it holds images and XML files of the same names."""
-    stems = {path.stem for path in _find_sheets(folder, deep=False)}
-    return (folder, folder) if stems and not stems.isdisjoint(_images_by_stem(folder)) else None
+    stems = {path.stem for path in _find_sheets(folder, False)}
+    return (folder, folder) if stems and not stems.isdisjoint(_images_by_stem(folder, False)) else None
 
 
-def _images_by_stem(folder: Path) -> dict[str, Path]:
-    """The images in a folder and below it, by their name in it without suffix; none where there is no such folder."""
-    paths = [Path(root, name) for root, _, names in os.walk(folder) for name in names if not name.startswith(".")]
-    return {_stem(path, folder): path for path in sorted(paths) if path.suffix.lower() in IMAGE_SUFFIXES}
+def _images_by_stem(folder: Path, deep: bool) -> dict[str, Path]:
+    """The images in a folder (and below it), by their name in it without suffix; none where there is no such folder."""
+    paths = sorted(folder.rglob("*") if deep else folder.glob("*"))
+    paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
+    return {_stem(path, folder): path for path in paths}
 
 
 @dataclass(frozen=True)
@@ -238,14 +244,15 @@ def load_voc(
 def _list_sheets(split: VocSplit) -> list[Path]:
     """The XML files of a split, each once; those that a list names need not exist."""
     if split.list_file is None:
-        return _find_sheets(split.annotations)
+        return _find_sheets(split.annotations, split.deep)
     try:
         lines = split.list_file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{split.list_file} cannot be read ({error}); write it again as UTF-8 text") from None
-    known = {_stem(path, split.annotations): path for path in _find_sheets(split.annotations)}
+    known = {_stem(path, split.annotations): path for path in _find_sheets(split.annotations, split.deep)}
     paths: list[Path] = []
     for line in filter(None, (line.strip().replace("\\", "/") for line in lines)):
+        line = posixpath.basename(line) if line.startswith("/") else line
         name, _, flag = line.rpartition(" ")
         # VOC's lists of one class tell whether the image has it; others name the image or the XML file itself.
         names = (line, name.strip() if flag in ("1", "-1", "0") else line, os.path.splitext(line)[0])
@@ -331,8 +338,8 @@ def _pair_images(
     split: VocSplit, own: Sequence[Path], sheets: Mapping[Path, _Sheet | str], problems: Problems
 ) -> list[tuple[Path, Path]]:
     """The XML file and the image of every entry; images without an XML file come with the one that they would have."""
-    images_of = _images_by_stem(split.images)
-    stems = [_stem(path, split.annotations) for path in _find_sheets(split.annotations)]
+    images_of = _images_by_stem(split.images, split.deep)
+    with_sheet = {_stem(path, split.annotations) for path in _find_sheets(split.annotations, split.deep)}
     entries: list[tuple[Path, Path]] = []
     for path in own:
         sheet, stem = sheets[path], _stem(path, split.annotations)
@@ -341,7 +348,7 @@ def _pair_images(
             named = posixpath.join(posixpath.dirname(stem), sheet.file_name) if isinstance(sheet, _Sheet) else ""
             other = os.path.splitext(named)[0]
             # An image that has an XML file of its own name is not meant by another one.
-            usable = isinstance(sheet, _Sheet) and sheet.file_name and other not in stems
+            usable = isinstance(sheet, _Sheet) and sheet.file_name and other not in with_sheet
             image = (images_of.get(other) if usable else None) or split.images / (named if usable else f"{stem}.jpg")
         entries.append((path, image))
     if split.list_file is None:

@@ -79,16 +79,16 @@ def read_yolo_file(
     try:
         num_values = math.prod(int(number) for number in shape) if isinstance(shape, list) else 0
     except (TypeError, ValueError):
-        raise InputError(f"{source}: 'kpt_shape' is {shape}; give the numbers of key points and of their values") from None
+        raise InputError(
+            f"{source}: 'kpt_shape' is {shape}; give the numbers of key points and of their values"
+        ) from None
     root = find_root(source, values.get("path"))
     splits: dict[str, YoloSplit] = {}
     for split, keys in aliases.items():
         entry = next((values[key] for key in keys if values.get(key)), None)
         if entry is None:
             continue
-        places = [
-            _find_place(root, text) for text in (entry if isinstance(entry, list) else [entry])
-        ]
+        places = [_find_place(root, text) for text in (entry if isinstance(entry, list) else [entry])]
         if all(place.exists() for place in places):
             splits[split] = YoloSplit(source, tuple(places), names, num_values, root)
         elif split != "test":  # the test images are often left out of what is handed on
@@ -323,6 +323,7 @@ def _read_labels(
             places.append((file, number))
             objects.append(RawObject(position, label, box))
     if not files:
+        refuse_fatal(split.source, problems, len(records))  # images that are missing explain it better
         looked = " and ".join(dict.fromkeys(map(str, (_label_path(unlabelled[0]), unlabelled[0].with_suffix(".txt")))))
         raise InputError(
             f"{split.source}: none of the {len(records)} images in {split.place} has a label file (looked for "
