@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from crossdino import training
@@ -75,12 +78,17 @@ def mistakes(data: Path, weights: Path) -> list[tuple[list[Any], str]]:
         ([*train, "--training.precision", "fp8"], "setting 'training.precision'"),
         ([*train, "--training.epochs"], "--training.epochs needs a value"),
         ([*train, "--training.epochs", "--resume"], "--training.epochs needs a value"),
+        ([*train, "--training.output="], "--training.output needs a value"),
+        ([*train, "--output", ""], "--output is empty"),
+        (["train", "--resume"], "--resume needs the folder (--output)"),
+        (["train", "--resume", "--output", "OUT"], "no training to resume in OUT"),
         ([*train, "--overwrit"], "unknown argument '--overwrit'; did you mean '--overwrite'"),
         ([*train, "--epochs", "3"], "unknown argument '--epochs'; did you mean '--training.epochs'"),
         ([*train, "--config", "no.yaml"], "cannot read the configuration file no.yaml"),
         ([*train, "--data", data / "train"], "holds no data set that is known"),
         ([*train, "--data", "nowhere"], "nowhere does not exist"),
         ([*train, "--show-batch", "0"], "0 must be at least 1"),
+        ([*train, "--show-batch", "two"], "two must be a whole number"),
         (["train", "--recipe", "compact"], "no training data: give data.source (--data)"),
         ([*train, "--training.epochs", "0"], "training.epochs is 0"),
         ([*train, "--weights", "nowhere"], "no model folder nowhere"),
@@ -101,7 +109,7 @@ def mistakes(data: Path, weights: Path) -> list[tuple[list[Any], str]]:
         (["inspect", data, "--split", "tset"], "has no split 'tset', only train, val"),
         (["inspect", data, "--recipe", "compcat"], "unknown recipe 'compcat'; did you mean 'compact'?"),
         (["inspect", data, "--memory", "0"], "0 must be a number above 0"),
-        (["inspect", data, "--memory", "much"], "invalid _above_zero value: 'much'"),
+        (["inspect", data, "--memory", "much"], "much must be a number above 0"),
         (["inspect", data, "--outptu", "OUT"], "unknown argument '--outptu'; did you mean '--output'"),
         (["inspect", data, "--training.epoks", "3"], "unknown setting 'training.epoks'"),
         (["inspect", data, "--output", data / "train.json"], "train.json is a file; name a folder"),
@@ -114,7 +122,9 @@ def mistakes(data: Path, weights: Path) -> list[tuple[list[Any], str]]:
         ([*predict, data / "val" / "1.png", "--threshold", "2"], "threshold is 2"),
         ([*predict, data / "val" / "1.png", "--json", "../x.json"], "must be a plain file name"),
         ([*predict, data / "val" / "1.png", "--device", "warp"], "cannot use --device warp"),
+        (["convert-weights", "dino.pth", "--output", "OUT", "--fusion", "cctn"], "--fusion: invalid choice: 'cctn'"),
         (["info", "compcat"], "unknown recipe 'compcat'"),
+        (["recipes", "--show", "compcat"], "unknown recipe 'compcat'; did you mean 'compact'?"),
         (["info", "--size", "8", "8"], "both must be at least 32"),
     ]
 
@@ -137,10 +147,11 @@ def test_the_console_command() -> None:
     code = (
         "import sys; from crossdino.cli import main; s = main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(s)"
     )
-    found = subprocess.run([sys.executable, "-c", code, "train", "--recip", "x"], capture_output=True, text=True)
-    assert found.returncode == 2
-    assert found.stdout == "False\n"
-    assert found.stderr == "crossdino: error: unknown argument '--recip'; did you mean '--recipe' or '--help'?\n"
+    for start, stdout in ((["-c", code], "False\n"), (["-m", "crossdino.cli"], "")):
+        found = subprocess.run([sys.executable, *start, "train", "--recip", "x"], capture_output=True, text=True)
+        assert found.returncode == 2
+        assert found.stdout == stdout
+        assert found.stderr == "crossdino: error: unknown argument '--recip'; did you mean '--recipe' or '--help'?\n"
 
 
 def test_interrupts_and_our_own_bugs(
@@ -162,6 +173,28 @@ def test_interrupts_and_our_own_bugs(
     monkeypatch.setattr(training, "train", raises(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):  # a bug of ours keeps its traceback
         run(*words)
+
+
+def test_an_interrupted_training_says_where_it_goes_on(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C within the first step of four; after the next one it is saved, and `--resume` makes the other two."""
+    write_yaml(tiny_config, tmp_path / "config.yaml")
+    words = ["train", "--config", tmp_path / "config.yaml", "--training.trackers", "[]"]
+    with monkeypatch.context() as patch:
+        forward, calls = CrossDINO.forward, []
+
+        def interrupted(*arguments: Any, **keywords: Any) -> Any:
+            calls.append(keywords)
+            if len(calls) == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            return forward(*arguments, **keywords)
+
+        patch.setattr(CrossDINO, "forward", interrupted)
+        assert run(*words) == 130
+    assert capsys.readouterr().err == "crossdino: interrupted: saved after step 2; --resume continues\n"
+    assert run(*words, "--resume") == 0
+    assert "2 epochs, 4 updates" in capsys.readouterr().out
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,9 +272,14 @@ def test_every_recipe_survives_the_file(name: str, tmp_path: Path) -> None:
 )
 def test_bad_configuration_files(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.yaml").write_text(text)
-    assert run("train", "--config", tmp_path / "c.yaml") == 2
+    for words in (["train"], ["inspect", tmp_path]):
+        assert run(*words, "--config", tmp_path / "c.yaml") == 2
+        error = capsys.readouterr().err
+        assert message in error and f"{tmp_path / 'c.yaml'}" in error and error.count("\n") == 1
+    (tmp_path / "config.yaml").write_text(text)
+    assert run("train", "--resume", "--output", tmp_path) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message in error and f"{tmp_path / 'config.yaml'}" in error and error.count("\n") == 1
 
 
 def test_values_keep_their_types() -> None:
@@ -439,11 +477,4 @@ def test_info_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     output = capsys.readouterr().out
     assert all(name in output for name in RECIPES)
     assert run("recipes", "--show", "compact") == 0
-    shown = capsys.readouterr().out
-    assert from_dict(cli_yaml(shown[shown.index("name: compact") :])) == recipe("compact")
-
-
-def cli_yaml(text: str) -> dict[str, Any]:
-    import yaml
-
-    return yaml.safe_load(text)
+    assert from_dict(yaml.safe_load(capsys.readouterr().out)) == recipe("compact")  # as `> mine.yaml` would get it

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from crossdino import planner, trial
+from crossdino import memory_plan, trial
 from crossdino.config import Config, flattened, read_yaml, to_dict, with_changes
 from crossdino.data.index import DatasetIndex, ImageRecord, Problems
 from crossdino.data.inspection import Inspection, inspect_dataset, network_sizes
-from crossdino.planner import Proposal, fit_batch, propose, worst_sizes
+from crossdino.memory_plan import fit_batch, worst_sizes
+from crossdino.planner import Proposal, propose
 from crossdino.recipes import recipe
 from crossdino.trial import Trial, WorstBatch, activation_bytes, estimate_bytes, fixed_bytes, run_trial
 
@@ -51,8 +52,8 @@ def inspected(*indices: DatasetIndex) -> Inspection:
 @pytest.fixture
 def known_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gigabyte for the process and for every image, instead of the estimate from the graph."""
-    monkeypatch.setattr(planner, "fixed_bytes", lambda _: 1 * GB)
-    monkeypatch.setattr(planner, "activation_bytes", lambda *_: 1 * GB)
+    monkeypatch.setattr(memory_plan, "fixed_bytes", lambda _: 1 * GB)
+    monkeypatch.setattr(memory_plan, "activation_bytes", lambda *_: 1 * GB)
 
 
 def plan(inspection: Inspection, config: Config, **options: Any) -> Proposal:
@@ -296,7 +297,7 @@ def fake_trials(monkeypatch: pytest.MonkeyPatch, peak: Callable[[int, bool], flo
         fits = needed <= limit
         return Trial(batch, checkpointing, round(min(needed, limit)), 1.0 if fits else None, fits)
 
-    monkeypatch.setattr(planner, "run_trial", run)
+    monkeypatch.setattr(memory_plan, "run_trial", run)
     return made
 
 

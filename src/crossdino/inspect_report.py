@@ -20,8 +20,9 @@ from crossdino.data.formats import ALIASES, find_splits, load_dataset
 from crossdino.data.index import BAD_BOXES, DatasetIndex
 from crossdino.data.inspection import Inspection, inspect_dataset, split_summary
 from crossdino.errors import InputError
-from crossdino.planner import Proposal, propose
+from crossdino.planner import propose
 from crossdino.progress import duration
+from crossdino.proposal import Proposal
 from crossdino.visualization.inspection import draw_inspection
 
 PICTURE_FILE = "inspect.png"

@@ -21,21 +21,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import textwrap
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from crossdino.benchmarks import AITOD_SIZE_BANDS
-from crossdino.checkpoints import written_whole
-from crossdino.config import Config, DataConfig, EvaluationConfig, option_names, to_dict
+from crossdino.config import Config, EvaluationConfig
 from crossdino.data.inspection import Inspection, SplitObjects, network_scales, network_sizes, objects_per_tile
 from crossdino.data.transforms import resize_hw
-from crossdino.trial import Trial, WorstBatch, activation_bytes, available_bytes, fixed_bytes, run_trial
+from crossdino.memory_plan import MemoryPlan, fit_batch, worst_sizes
+from crossdino.proposal import Proposal, Setting
+from crossdino.trial import WorstBatch, available_bytes
 
 # Memory that is left to loader processes, evaluation and what else runs.
 MEMORY_SHARE = 0.85
@@ -51,136 +49,10 @@ _TOO_SMALL_SHARE = 0.15
 _BETAS = ((0.055, 1.0), (0.022, 0.1), (0.0, 0.05))
 # A size band holds enough objects for its AP to mean something from this many, and from this share on.
 _ENOUGH_OBJECTS, _ENOUGH_SHARE = 20, 0.05
-_MOST_TRIALS = 7
 # The overlap of tiles is the largest of these quantiles (%) of the objects' longer sides that is not too long.
 _OVERLAP_QUANTILES = (99.0, 97.5, 95.0, 90.0)
 
-
-@dataclass(frozen=True)
-class Setting:
-    """One line of a proposal.
-
-    Attributes:
-        name: dotted, e.g. `model.num_queries`.
-        value: what is proposed.
-        reason: why, with the numbers that it follows from.
-        changed: false where the recipe's own value is right.
-    """
-
-    name: str
-    value: Any
-    reason: str
-    changed: bool = True
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What a training step takes.
-
-    Attributes:
-        limit_bytes: what it may take.
-        source: where the limit comes from, in words.
-        worst: sizes and objects that were assumed.
-        estimated_bytes: before any trial, of the batch size that was tried first.
-        batch_size: the one proposed.
-        activation_checkpointing: whether it needs that.
-        trials: the steps that were made, in order.
-        largest_batch: the largest batch that would fit, going by estimate and trials.
-        fits: false where not even one image fits.
-    """
-
-    limit_bytes: float
-    source: str
-    worst: WorstBatch
-    estimated_bytes: int
-    batch_size: int
-    activation_checkpointing: bool
-    trials: tuple[Trial, ...]
-    largest_batch: int
-    fits: bool
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """Settings for a data set.
-
-    Attributes:
-        base: the recipe without any change.
-        config: the complete configuration with what was given and what is proposed.
-        settings: every setting that was considered, with its reason.
-        notes: what no setting can mend, one line each.
-        memory: of a step; None where nothing was estimated.
-        epoch_items: images or tiles of an epoch.
-    """
-
-    base: Config
-    config: Config
-    settings: tuple[Setting, ...]
-    notes: tuple[str, ...]
-    memory: MemoryPlan
-    epoch_items: int
-
-    @property
-    def epoch_seconds(self) -> float | None:
-        """Time of an epoch by the last trial, without loading and evaluation; None without a trial."""
-        done = [trial for trial in self.memory.trials if trial.fits and trial.seconds is not None]
-        if not done or done[-1].seconds is None:
-            return None
-        return math.ceil(self.epoch_items / done[-1].batch_size) * done[-1].seconds
-
-    def changes(self) -> dict[str, Any]:
-        """Dotted name -> value of everything that differs from the recipe, but where the data is."""
-        before, after = to_dict(self.base), to_dict(self.config)
-        found: dict[str, Any] = {}
-        for name in option_names():
-            section, _, inner = name.partition(".")
-            pair = (before[section][inner], after[section][inner]) if inner else (before[section], after[section])
-            if pair[0] != pair[1] and name not in ("data.source", "model.class_names", "name"):
-                found[name] = pair[1]
-        return found
-
-    def to_yaml(self, title: str = "") -> str:
-        """The changes as a file for `crossdino train --config`, with the reasons as comments.
-
-        Args:
-            title: comment lines for the top.
-        """
-        import yaml
-
-        reasons = {setting.name: setting.reason for setting in self.settings if setting.changed}
-        lines = [f"# {line}" for line in title.splitlines()]
-        changes = self.changes()
-        section = ""
-        for name, value in changes.items():
-            part, _, inner = name.rpartition(".")
-            if part != section:
-                lines.append(f"{part}:")
-                section = part
-            indent = "  " if part else ""
-            lines += textwrap.wrap(
-                reasons.get(name, "as given"), 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
-            )
-            shown = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000)
-            lines.append(f"{indent}{inner}: {shown.removesuffix('...' + chr(10)).strip()}")
-        return "\n".join(lines if changes else [*lines, "# The recipe fits as it is.", "{}"]) + "\n"
-
-    def write_yaml(self, path: str | Path, title: str = "") -> None:
-        """Write `to_yaml` to a file, whole or not at all."""
-        with written_whole(Path(path)) as partial:
-            partial.write_text(self.to_yaml(title), encoding="utf-8")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values, for JSON."""
-        memory = dataclasses.asdict(self.memory)
-        return {
-            "recipe": self.base.name,
-            "settings": [vars(setting) for setting in self.settings],
-            "changes": self.changes(),
-            "notes": list(self.notes),
-            "memory": memory,
-            "epoch_items": self.epoch_items,
-            "epoch_seconds": self.epoch_seconds,
-        }
+__all__ = ["Proposal", "propose"]
 
 
 def propose(
@@ -509,25 +381,15 @@ class _Plan:
             fixed_batch="training.batch_size" in self.given,
         )
         settings = self.config.training
-        height, width = worst.sizes_hw[0]
-        seen = next((t for t in reversed(plan.trials) if t.fits and t.batch_size == plan.batch_size), None)
         if not plan.fits:
-            reason = f"not even this fits into {limit / 1e9:.1f} GB"
+            height, width = worst.sizes_hw[0]
             self.notes.append(
                 f"a step with one image of {height} x {width} px does not fit into {limit / 1e9:.1f} GB ({plan.source})"
                 ": take a smaller recipe (compact), smaller images (--data.tile_size) or more memory"
             )
-        elif seen is not None:
-            reason = f"a trial step of {plan.batch_size} x {height} x {width} px with {fullest} objects each took "
-            reason += f"{seen.peak_bytes / 1e9:.1f} GB of {limit / 1e9:.1f} GB ({plan.source})"
-        else:
-            reason = f"{plan.batch_size} x {height} x {width} px with {fullest} objects each: estimated at "
-            reason += f"{plan.estimated_bytes / 1e9:.1f} GB of {limit / 1e9:.1f} GB ({plan.source}), not tried"
-        if plan.largest_batch > plan.batch_size:
-            reason += f"; up to about {plan.largest_batch} would fit"
         if plan.activation_checkpointing != settings.activation_checkpointing:
             self.decide("training.activation_checkpointing", True, "without it not even one image fits the memory")
-        self.decide("training.batch_size", plan.batch_size, reason)
+        self.decide("training.batch_size", plan.batch_size, plan.reason())
         if plan.batch_size < wanted:
             accumulated = math.ceil(wanted * settings.gradient_accumulation / plan.batch_size)
             self.decide(
@@ -555,105 +417,6 @@ class _Plan:
                 "for images without an upright direction (aerial, microscopy) set --data.quarter_turns true "
                 "--data.vertical_flip 0.5; boxes cannot tell"
             )
-
-
-def fit_batch(
-    config: Config,
-    worst: WorstBatch,
-    limit_bytes: float,
-    source: str,
-    *,
-    trial: bool = True,
-    on_trial: Callable[[str], None] = lambda _: None,
-    fixed_batch: bool = False,
-) -> MemoryPlan:
-    """Find the batch size, at most that of the configuration, whose step fits into the memory.
-
-    The estimate decides what is tried first; a step that takes too much is tried again with half the batch, at last
-    with activation checkpointing; one that leaves room with as many images as its own measure allows.
-
-    Args:
-        config: with the number of classes of the data.
-        worst: sizes and objects of the step.
-        limit_bytes: what the step may take.
-        source: of the limit, in words.
-        trial: make the steps; False goes by the estimate.
-        on_trial: told before each step what is tried.
-        fixed_batch: only look whether the configuration's batch size fits.
-
-    Returns:
-        What was found.
-    """
-    wanted = config.training.batch_size
-    fixed = fixed_bytes(config)
-
-    def estimate(checkpointing: bool) -> float:
-        training = dataclasses.replace(config.training, activation_checkpointing=checkpointing)
-        return activation_bytes(dataclasses.replace(config, training=training), worst)
-
-    def most(per_image: float) -> int:
-        return max(0, int((limit_bytes - fixed) / max(per_image, 1.0)))
-
-    checkpointing = config.training.activation_checkpointing
-    per_image = estimate(checkpointing)
-    if most(per_image) < 1 and not checkpointing:
-        checkpointing, per_image = True, estimate(True)
-    batch = wanted if fixed_batch else min(wanted, max(1, most(per_image)))
-    first_estimate = round(fixed + batch * per_image)
-    trials: list[Trial] = []
-    good: Trial | None = None
-    too_large, failures = wanted + 1, 0
-    fits = most(per_image) >= batch
-    while trial and len(trials) < _MOST_TRIALS:
-        on_trial(f"trial step: {batch} images of {worst.sizes_hw[0][0]} x {worst.sizes_hw[0][1]} px")
-        training = dataclasses.replace(config.training, batch_size=batch, activation_checkpointing=checkpointing)
-        made = run_trial(dataclasses.replace(config, training=training), worst, batch, limit_bytes)
-        trials.append(made)
-        fits = made.fits
-        if fits:
-            good, per_image = made, (made.peak_bytes - fixed) / batch
-            larger = min(wanted, too_large - 1, most(per_image))
-            if larger <= batch:
-                break
-            batch = larger
-        elif fixed_batch or (batch == 1 and checkpointing):
-            break
-        elif batch == 1:
-            checkpointing, too_large, failures = True, wanted + 1, 0
-        else:
-            too_large, failures = batch, failures + 1
-            batch = (good.batch_size + batch) // 2 if good else batch // 2 if failures == 1 else 1
-            if good and batch == good.batch_size:
-                break
-    if good is not None:  # where the last word was a step too far
-        fits, batch = True, good.batch_size
-    return MemoryPlan(
-        limit_bytes,
-        source,
-        worst,
-        first_estimate,
-        batch,
-        checkpointing,
-        tuple(trials),
-        max(most(per_image), batch if fits else 0),
-        fits,
-    )
-
-
-def worst_sizes(split: SplitObjects, data: DataConfig) -> tuple[tuple[int, int], ...]:
-    """The largest inputs of a training: that of most pixels, and, if it is another, that of the other orientation."""
-    short_side = max(data.train_short_sides)
-    shapes = {(data.tile_size, data.tile_size)} if data.tile_size else set(map(tuple, split.image_hw.tolist()))
-    if data.crop_short_sides:
-        low, high = data.crop_range
-        shapes |= {(low, high), (high, low), (high, high)}
-    found = {resize_hw(shape, short_side, data.train_long_side) for shape in shapes or {(short_side, short_side)}}
-    if data.quarter_turns:
-        found |= {(width, height) for height, width in found}
-    largest = max(found, key=lambda hw: (hw[0] * hw[1], hw[1]))
-    height, width = largest
-    other = [hw for hw in found if (hw[0] > hw[1]) != (height > width) and hw[0] != hw[1] and height != width]
-    return (largest, max(other, key=lambda hw: hw[0] * hw[1])) if other else (largest,)
 
 
 def _round_up(value: float, step: int) -> int:

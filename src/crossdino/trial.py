@@ -261,6 +261,7 @@ def _updates(task: dict[str, Any]) -> float:
 
     from crossdino.losses.criterion import Criterion
     from crossdino.training.setup import autocast, build_model, prepare_state, seed_everything
+    from crossdino.training.step import apply_gradients, clip_gradients
 
     config = from_dict(task["config"])
     settings = config.training
@@ -268,7 +269,6 @@ def _updates(task: dict[str, Any]) -> float:
     seed_everything(0)
     state = prepare_state(build_model(config, None, True, Console(quiet=True)), settings, accelerator)
     criterion = Criterion(config.loss)
-    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     sizes = [task["sizes_hw"][number % len(task["sizes_hw"])] for number in range(task["batch_size"])]
     batch = noise_batch(sizes, task["num_objects"], config.model.num_classes).to(accelerator.device)
     state.model.train()
@@ -279,13 +279,8 @@ def _updates(task: dict[str, Any]) -> float:
             predicted = state.model(batch.images, batch.padding_mask, batch.targets)
         losses = criterion(predicted, batch.targets, float(max(1, len(sizes) * task["num_objects"])))
         state.scaler.scale(losses["loss"]).backward()
-        state.scaler.unscale_(state.optimizer)
-        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm or float("inf"))
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
-        if state.ema is not None:
-            state.ema.update_parameters(state.detector)
+        clip_gradients(state, settings)
+        apply_gradients(state)
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         durations.append(time.monotonic() - started)

@@ -78,6 +78,7 @@ from crossdino.training.setup import (
     with_classes,
     write_problems,
 )
+from crossdino.training.step import apply_gradients, clip_gradients
 from crossdino.visualization import training_curves
 
 _LOG_EVERY = 10
@@ -301,7 +302,6 @@ def _train_epoch(run: Run) -> bool:
     images_per_step = settings.batch_size * settings.gradient_accumulation
     steps_per_epoch = math.ceil(math.ceil(len(train_set) / world) / images_per_step)
     rate = 0.0
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     state.model.train()
     with EpochDisplay(run.console, state.epoch, settings.epochs, num_steps, timer) as display:
         timer.start()
@@ -341,7 +341,7 @@ def _train_epoch(run: Run) -> bool:
                 for name, value in losses.items():
                     totals[name] = totals[name] + value.detach() if name in totals else value.detach()
             log.add(totals, int(num_images))
-            _update(run, parameters, batches)
+            _update(run, batches)
             state.step += 1
             state.images_in_epoch += images_per_step * world
             timer.lap("optimizer")
@@ -361,20 +361,15 @@ def _train_epoch(run: Run) -> bool:
     return False
 
 
-def _update(run: Run, parameters: list[Tensor], batches: list[Batch]) -> None:
-    """One step of the optimiser and of the average."""
+def _update(run: Run, batches: list[Batch]) -> None:
+    """One step of the optimiser and of the average, unless the gradients are not finite."""
     settings, state = run.config.training, run.state
-    state.scaler.unscale_(state.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf)
+    norm = clip_gradients(state, settings)
     finite = is_finite(norm)
     state.skipped_updates = 0 if finite else state.skipped_updates + 1
     if not finite and (settings.precision != "fp16" or state.skipped_updates > _MAX_SKIPPED_UPDATES):
         raise failure("gradient", norm, run, batches)
-    state.scaler.step(state.optimizer)  # which leaves out an update that is not finite
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    if state.ema is not None and finite:
-        state.ema.update_parameters(state.detector)
+    apply_gradients(state, finite)
 
 
 def _grouped(items: Iterable[T], size: int) -> Iterator[list[T]]:

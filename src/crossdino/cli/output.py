@@ -1,0 +1,55 @@
+"""What the commands share: where they print, how they write files, on which device they compute."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crossdino.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def make_console() -> Console:
+    """The terminal, or the file that the output goes to."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 140)  # a file has no edge at which tables would have to be broken
+    return console
+
+
+def report_mistake(message: str) -> int:
+    """Print a mistake of the user as one line on stderr; returns the exit status."""
+    print(f"crossdino: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    from crossdino.checkpoints import written_whole
+
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(content) + "\n")
+
+
+def choose_device(name: str | None) -> str:
+    """The device of `--device`, or the GPU where there is one."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch raises AssertionError where it was built without the device
+        raise InputError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from None
+    return name

@@ -1,0 +1,202 @@
+"""The options of all commands.
+
+argparse knows the verbs and their few options; every setting of the configuration is an option by its dotted name
+(`--training.epochs 3`), checked by `config.with_changes`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from crossdino.cli.evaluate import run_evaluate
+from crossdino.cli.inspect import run_inspect
+from crossdino.cli.models import run_convert_weights, run_info, run_recipes
+from crossdino.cli.predict import run_predict
+from crossdino.cli.train import run_train
+from crossdino.config import close_matches, option_names
+from crossdino.errors import InputError
+
+COMMANDS = ("inspect", "train", "evaluate", "predict", "convert-weights", "info", "recipes")
+_DATA_HELP = "a folder, a YAML data file or a COCO JSON file, in COCO, YOLO or Pascal VOC form"
+# The commands that take every setting as an option.
+WITH_SETTINGS = ("inspect", "train")
+_SETTING = re.compile(r"--([a-z_]+\.[\w.-]+)(?:=(.*))?", re.DOTALL)
+
+
+def split_settings(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Take the dotted settings (`--section.name value` or `--section.name=value`) out of a command line.
+
+    Returns:
+        The other words, and dotted name -> value as text.
+
+    Raises:
+        InputError: if a setting has no value.
+    """
+    others: list[str] = []
+    settings: dict[str, str] = {}
+    iterator = iter(words)
+    for word in iterator:
+        match = _SETTING.fullmatch(word)
+        if match is None:
+            others.append(word)
+            continue
+        value = match[2] if match[2] is not None else next(iterator, None)
+        if not value or (match[2] is None and value.startswith("--")):
+            raise InputError(f"--{match[1]} needs a value")
+        settings[match[1].replace("-", "_")] = value
+    return others, settings
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        choice = re.search(r"argument command: invalid choice: '([^']*)'", message)
+        if choice is not None:
+            raise InputError(f"unknown command '{choice[1]}'{close_matches(choice[1], COMMANDS)}")
+        raise InputError(f"{message} (see `{self.prog} --help`)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; `run` of its result is the function that does it."""
+    parser = _Parser(prog="crossdino", description="Detect small objects with Cross-DINO.", allow_abbrev=False)
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
+
+    def command(name: str, run: Callable[..., int], text: str, **keywords: Any) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text, allow_abbrev=False, **keywords)
+        made.set_defaults(run=run)
+        return made
+
+    epilog = (
+        "Every setting is an option by its dotted name, with the recipe's value as default: "
+        + ", ".join(f"--{name}" for name in option_names() if "." in name)
+        + ". Lists are written as [1, 2]. `crossdino recipes --show NAME` prints a recipe's values."
+    )
+    inspect = command("inspect", run_inspect, "Look at a data set and propose settings for it.", epilog=epilog)
+    inspect.add_argument("data", metavar="DATA", nargs="?", help=_DATA_HELP)
+    inspect.add_argument("--recipe", help="what is proposed is relative to it (compact)")
+    inspect.add_argument("--config", metavar="YAML", help="file with settings that are kept")
+    inspect.add_argument("--split", metavar="NAME,...", help="which splits to look at (train and val)")
+    inspect.add_argument("--memory", metavar="GB", type=_above_zero, help="what a training may take (what is free)")
+    inspect.add_argument("--no-trial", action="store_true", help="estimate the memory, make no step")
+    inspect.add_argument("--no-duplicates", action="store_true", help="do not compare the images with each other")
+    inspect.add_argument("--output", metavar="DIR", help="write inspect.png, inspect.json and proposal.yaml")
+    inspect.add_argument("--json", metavar="JSON", help="write all numbers")
+
+    train = command("train", run_train, "Train a detector.", epilog=epilog)
+    train.add_argument("--recipe", help="where the settings start from; `crossdino recipes` lists them")
+    train.add_argument("--config", metavar="YAML", help="file with settings, which go before those of the recipe")
+    train.add_argument("--data", metavar="DATA", help=_DATA_HELP)
+    train.add_argument("--output", metavar="DIR", help="where checkpoints, log and curves go")
+    train.add_argument("--name", help="of the experiment")
+    train.add_argument("--weights", metavar="MODEL", help="model folder or hub id to start from")
+    train.add_argument("--resume", action="store_true", help="continue the training in --output")
+    train.add_argument("--overwrite", action="store_true", help="delete the training in --output first")
+    train.add_argument(
+        "--show-batch",
+        metavar="N",
+        nargs="?",
+        const=1,
+        type=_positive,
+        help="draw the first N batches (1) into --output as the network gets them, and stop",
+    )
+
+    evaluate = command("evaluate", run_evaluate, "Measure average precision, of a model or of a file of detections.")
+    evaluate.add_argument(
+        "--ground-truth", metavar="DATA", required=True, help=f"COCO annotations, or a data set: {_DATA_HELP}"
+    )
+    evaluate.add_argument("--split", default="val", help="which split of a data set (val)")
+    evaluate.add_argument("--predictions", metavar="JSON", help="COCO results to measure")
+    evaluate.add_argument("--weights", metavar="MODEL", help="model folder or hub id to measure")
+    evaluate.add_argument("--images", metavar="DIR", help="the images of COCO annotations (with --weights)")
+    evaluate.add_argument("--predictions-out", metavar="JSON", help="write the model's detections")
+    evaluate.add_argument("--json", metavar="JSON", help="write all numbers")
+    evaluate.add_argument("--max-detections", type=_positive, default=100, help="per image and class (100)")
+    evaluate.add_argument("--size-bands", metavar="NAME=LOW-HIGH,...", help="bands of sqrt(area) in pixels")
+    evaluate.add_argument("--num-select", type=_positive, help="detections kept per image (the model's own setting)")
+    evaluate.add_argument("--batch-size", type=_positive, default=1, help="images or tiles per forward pass (1)")
+    _add_tile_options(evaluate)
+    evaluate.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
+
+    predict = command("predict", run_predict, "Detect objects in images; writes pictures and COCO-style JSON.")
+    predict.add_argument("images", nargs="+", help="image files, folders or glob patterns")
+    predict.add_argument("--weights", metavar="MODEL", required=True, help="model folder or hub id")
+    predict.add_argument("--output", metavar="DIR", required=True, help="folder for the results")
+    predict.add_argument("--threshold", type=float, default=0.3, help="lowest score (0.3)")
+    predict.add_argument("--json", metavar="NAME", default="predictions.json", help="file name (predictions.json)")
+    predict.add_argument("--num-select", type=_positive, help="detections kept per image (the model's own setting)")
+    predict.add_argument("--short-side", type=_positive, help="resize to this short side in pixels (the model's own)")
+    predict.add_argument("--long-side", type=_positive, help="limit of the long side in pixels (the model's own)")
+    _add_tile_options(predict)
+    predict.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
+
+    convert = command("convert-weights", run_convert_weights, "Turn an official DINO checkpoint into a model folder.")
+    convert.add_argument("source", metavar="SOURCE", help="the official file (.pth)")
+    convert.add_argument("--output", metavar="DIR", required=True, help="the model folder to write")
+    convert.add_argument(
+        "--fusion", choices=("none", "cctm", "once", "mlp"), default="none", help="none is DINO (none)"
+    )
+    convert.add_argument("--class-names", metavar="A,B,...", help="other classes; those of the same name are kept")
+    convert.add_argument("--class-map", metavar="NEW=OLD,...", help="begin as another: pedestrian=person")
+    convert.add_argument("--num-queries", type=_positive, help="another number of queries")
+
+    info = command("info", run_info, "Parameters, multiply-adds and feature map sizes of the recipes.")
+    info.add_argument("recipes", nargs="*", metavar="RECIPE", help="which ones (all)")
+    info.add_argument("--size", nargs=2, type=_positive, default=(800, 1333), metavar=("HEIGHT", "WIDTH"))
+
+    recipes = command("recipes", run_recipes, "List the recipes.")
+    recipes.add_argument("--show", metavar="RECIPE", help="print all settings of one instead, as YAML")
+    for made in (inspect, train, evaluate, predict, convert, info, recipes):
+        made.set_defaults(known_options=list(made._option_string_actions))
+    return parser
+
+
+def _add_tile_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tile-size", type=_not_negative, help="cut images into tiles of this side; 0: whole images (the model's own)"
+    )
+    parser.add_argument("--tile-overlap", type=_not_negative, help="of neighbouring tiles in pixels (the model's own)")
+
+
+class _Version(argparse.Action):
+    """`--version` without importing the package metadata reader at every start."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"crossdino {version('crossdino')}")
+        except PackageNotFoundError:
+            print("crossdino (not installed)")
+        parser.exit()
+
+
+def _positive(text: str) -> int:
+    return _whole_number(text, at_least=1)
+
+
+def _not_negative(text: str) -> int:
+    return _whole_number(text, at_least=0)
+
+
+def _whole_number(text: str, at_least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number") from None
+    if value < at_least:
+        raise argparse.ArgumentTypeError(f"{text} must be at least {at_least}")
+    return value
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} must be a number above 0")
+    return value
