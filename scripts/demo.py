@@ -103,8 +103,9 @@ def main() -> None:
 
     console.print(Rule("Your own data"))
     console.print(
-        "A folder with train.json and val.json in COCO format, images in train/ and val/:\n\n"
-        "  .venv/bin/crossdino train --recipe compact --data FOLDER --output runs/mine\n"
+        "A folder in COCO, YOLO or Pascal VOC layout:\n\n"
+        "  .venv/bin/crossdino inspect FOLDER --recipe compact --output plan\n"
+        "  .venv/bin/crossdino train --recipe compact --config plan/proposal.yaml --data FOLDER --output runs/mine\n"
         "  .venv/bin/crossdino predict --weights runs/mine/best IMAGES --output results\n",
         soft_wrap=True,
         highlight=False,

@@ -61,7 +61,7 @@ def main() -> None:
     save_model(model, output, half=True, metrics=measured["strip"], category_ids=category_ids, card=card)
     (output / "metrics.json").write_text(json.dumps(measured, indent=2) + "\n")
     write_yaml(config, output / "training.yaml")
-    for name in ("log.jsonl", "curves_loss.png", "curves_ap.png"):
+    for name in ("log.jsonl", "metrics.csv", "curves.png"):
         shutil.copyfile(run / name, output / name)
 
 

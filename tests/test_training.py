@@ -302,6 +302,15 @@ def test_resuming_before_the_first_epoch_ended_starts_from_the_given_weights(
         ({"data.train_annotations": "missing.json"}, "missing.json"),
         ({"model.backbone": "resnet19"}, "resnet19"),
         ({"data.horizontal_flip": 2.0}, "horizontal_flip"),
+        ({"model.num_denoising": -1}, "model.num_denoising is -1"),
+        ({"model.feedforward_dim": 0}, "model.feedforward_dim is 0"),
+        ({"model.num_feature_levels": 9}, "64 px has no token at the coarsest.*stride is 2048 px"),
+        ({"loss.beta": 0.0}, "loss.beta is 0.0"),
+        ({"loss.giou_weight": -1.0}, "loss.giou_weight is -1.0"),
+        ({"evaluation.num_select": 0}, "evaluation.num_select is 0"),
+        ({"data.test_long_side": 63}, "data.test_long_side 63 is below data.test_short_side 64"),
+        ({"training.best_metric": "ap tiny"}, "best_metric is 'ap tiny': choose one of auto, ap, .*ap small"),
+        ({"training.trackers": ["tensorbord"]}, "tensorbord"),
         ({"evaluation.size_bands": {"tiny": [8, 0]}}, "tiny"),
     ],
 )
@@ -329,6 +338,8 @@ def test_starts_from_weights_with_other_classes(
     }
     assert all(torch.equal(found[name], given[name]) for name in given if name not in anew)
 
+    with pytest.raises(InputError, match=rf"is the folder of a training: name {result.output / 'best'}"):
+        train(tiny_config, init_weights=result.output, overwrite=True)
     with pytest.raises(InputError, match=r"do not fit this model: .*linear1.weight is \(32, 32\)"):
         train(
             with_changes(tiny_config, {"model.feedforward_dim": 48, "training.output": str(tmp_path / "other")}),

@@ -144,6 +144,8 @@ def find_model(source: str | Path) -> Path:
     """
     place, name = Path(source), str(source)
     if place.is_dir():
+        if not (place / CONFIG_FILE).exists() and (place / "best" / CONFIG_FILE).exists():
+            raise InputError(f"{name} is the folder of a training: name {place / 'best'}, its best model")
         return place
     if place.suffix.lower() in _PICKLE_SUFFIXES:
         raise InputError(

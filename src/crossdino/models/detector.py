@@ -438,9 +438,13 @@ def _check(config: ModelConfig) -> None:
         raise InputError(
             f"model.hidden_dim {config.hidden_dim} must be a multiple of 32 and of model.num_heads {config.num_heads}"
         )
-    for name in ("num_feature_levels", "num_points", "num_encoder_layers", "num_decoder_layers", "num_queries"):
+    counts = ("num_feature_levels", "num_points", "num_encoder_layers", "num_decoder_layers", "num_queries")
+    for name in (*counts, "feedforward_dim", "fusion_hidden_dim"):
         if getattr(config, name) < 1:
             raise InputError(f"model.{name} is {getattr(config, name)}: it must be at least 1")
+    for name in ("num_denoising", "box_noise_scale", "label_noise_ratio"):
+        if getattr(config, name) < 0:
+            raise InputError(f"model.{name} is {getattr(config, name)}: it must be 0 or more")
     if config.first_stride not in (4, 8):
         raise InputError(f"model.first_stride is {config.first_stride}: it must be 8, or 4 for one finer level")
     backbone_levels = 3 if config.first_stride == 8 else 4

@@ -50,6 +50,34 @@ def check_settings(config: Config) -> None:
     known = ("auto", "ap", "ap50", "ap75", *(f"ap {band}" for band in config.evaluation.size_bands))
     if settings.best_metric not in known:
         raise InputError(f"training.best_metric is {settings.best_metric!r}: choose one of {', '.join(known)}")
+    loss = config.loss
+    if not (math.isfinite(loss.beta) and loss.beta > 0):
+        raise InputError(f"loss.beta is {loss.beta}, it must be above 0 (the paper uses 0.05 to 1)")
+    for part in ("class", "l1", "giou"):
+        for name in (f"{part}_weight", f"{part}_cost"):
+            if not (math.isfinite(getattr(loss, name)) and getattr(loss, name) >= 0):
+                raise InputError(f"loss.{name} is {getattr(loss, name)}, it must be 0 or more")
+    for name in ("alpha", "ignore_overlap"):
+        if not 0 < getattr(loss, name) <= 1:
+            raise InputError(f"loss.{name} is {getattr(loss, name)}, it must be above 0 and at most 1")
+    if not loss.gamma >= 0:
+        raise InputError(f"loss.gamma is {loss.gamma}, it must be 0 or more")
+    for name in ("num_select", "max_detections"):
+        if getattr(config.evaluation, name) < 1:
+            raise InputError(f"evaluation.{name} is {getattr(config.evaluation, name)}, it must be at least 1")
+    data, model = config.data, config.model
+    if data.test_long_side < data.test_short_side:
+        raise InputError(
+            f"data.test_long_side {data.test_long_side} is below data.test_short_side {data.test_short_side}: it is "
+            "the limit of the longer side, give at least as much"
+        )
+    coarsest = model.first_stride * 2 ** (model.num_feature_levels - 1)
+    smallest = min((*data.train_short_sides, data.test_short_side), default=coarsest)
+    if smallest < coarsest:
+        raise InputError(
+            f"an input of {smallest} px has no token at the coarsest of model.num_feature_levels "
+            f"{model.num_feature_levels} levels, whose stride is {coarsest} px: take fewer levels or larger inputs"
+        )
     if not 0 < config.evaluation.merge_iou <= 1:
         raise InputError(f"evaluation.merge_iou is {config.evaluation.merge_iou}, it must be above 0 and at most 1")
 
@@ -149,6 +177,10 @@ def announce(
     )
     if metric is not None:
         console.print(f"best checkpoint by: {metric.replace('ap', 'AP', 1)}")
+    if val_set is None:
+        console.print("warning: no validation data: nothing will be measured, and the last weights count as the best")
+    if train_set.index.num_objects == 0:
+        console.print(f"warning: {train_set.index.annotations} has no object: the detector can only learn background")
     most, queries = train_set.most_objects(), config.model.num_queries
     if most > queries:
         what = "a tile" if config.data.tile_size else "an image"
@@ -241,6 +273,8 @@ def show_batch(config: Config, count: int = 1) -> Path:
     order = epoch_order(len(train_set), config.training.seed, 0)[: count * size]
     batches = list(build_loader(train_set, size, order=order))
     path = Path(config.training.output) / "batch.jpg"
+    if path.parent.exists() and not path.parent.is_dir():
+        raise InputError(f"training.output {path.parent} is a file; name a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     images = [image for batch in batches for image in batch.images]
     masks = [mask for batch in batches for mask in batch.padding_mask]
