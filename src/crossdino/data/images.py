@@ -223,11 +223,8 @@ def _join_bytes(image: ImageFile.ImageFile, path: Path) -> Image.Image:
     with Image.open(path) as other:
         tiles = []
         for tile in other.tile:  # type: ignore[attr-defined]
-            *place, arguments = tile
-            swapped = OTHER_BYTE[_layout(arguments)]
-            # Plain tuples, or from Pillow 11 on ones with names, which Pillow 13 insists on.
-            fields = (*place, (swapped, *arguments[1:]) if isinstance(arguments, tuple) else swapped)
-            tiles.append(type(tile)(*fields) if hasattr(tile, "_fields") else fields)
+            swapped = OTHER_BYTE[_layout(tile.args)]
+            tiles.append(tile._replace(args=(swapped, *tile.args[1:]) if isinstance(tile.args, tuple) else swapped))
         other.tile = tiles  # type: ignore[attr-defined]
         other.load()
         upper, lower = (np.asarray(half)[..., :3].astype(np.uint16) for half in (image, other))
