@@ -168,6 +168,8 @@ def _train(
     output = Path(settings.output)
     check_settings(config)
     console = Console(quiet=not accelerator.is_main_process, highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 140)  # a file has no edge at which tables would have to be broken
     if accelerator.device.type == "cuda":
         # TensorFloat-32. On a CPU the same switch would compute in bfloat16, so it is left alone there.
         torch.set_float32_matmul_precision("high")
