@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from crossdino.errors import InputError
-from crossdino.tiling import Tile, at_seam, merge_detections, merge_tiles, tile_grid, tile_starts
+from crossdino.merging import at_seam, merge_detections, merge_tiles
+from crossdino.tiling import Tile, tile_grid, tile_starts
 
 
 @pytest.mark.parametrize("size", [1, 7, 32, 100])

@@ -128,10 +128,13 @@ class DataConfig:
         check: `full` decodes every image before the first step (remembered by content, so once), `headers` reads only
             the images' sizes.
         tile_size: images are cut into square tiles of this side (pixels of the file) for training and validation; 0:
-            whole images.
+            whole images; `auto`: chosen from the sizes of the training set's objects, together with `tile_overlap`
+            (whole images where they are good enough).
         tile_overlap: by how many pixels neighbouring tiles overlap at least.
         tile_keep: an object of which less than this share lies in a tile is ignored there.
         empty_tiles: tiles without objects that an epoch takes, as a share of those with objects.
+        balance: images or tiles that show a class which less than this share of them shows are taken more than once in
+            an epoch (repeat-factor sampling, Section 5 of the LVIS paper, whose threshold this is); 0: each once.
         train_short_sides: one is drawn per image and step; the image's short side becomes that many pixels.
         train_long_side: the long side's upper limit in pixels while training.
         crop_short_sides: short sides (px) of the alternative branch resize -> random crop -> resize; empty: no crop.
@@ -156,10 +159,11 @@ class DataConfig:
     val_images: str | None = None
     ignore_categories: tuple[str, ...] = ()
     check: Literal["full", "headers"] = "full"
-    tile_size: int = 0
+    tile_size: int | Literal["auto"] = 0
     tile_overlap: int = 64
     tile_keep: float = 0.4
     empty_tiles: float = 0.25
+    balance: float = 0.0
     train_short_sides: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     train_long_side: int = 1333
     crop_short_sides: tuple[int, ...] = (400, 500, 600)
@@ -188,7 +192,11 @@ class InferenceConfig:
         num_select: detections kept per image or tile, the best (query, class) pairs.
         tile_size: images are cut into square tiles of this side (pixels of the file); 0: whole images.
         tile_overlap: by how many pixels neighbouring tiles overlap at least.
+        merge: how the detections of tiles become those of the image, see `crossdino.merging`.
         merge_iou: of boxes of one class from different tiles that overlap by more than this the best one stays.
+        full_image: besides its tiles the whole image is looked at, for objects that no tile holds.
+        auto_tile_size, auto_tile_overlap: tiles in which objects are as large for the network as those of the training
+            data were, and overlap by nearly the longest of those; what a tile size of `auto` stands for. 0: unknown.
     """
 
     short_side: int = 800
@@ -196,7 +204,11 @@ class InferenceConfig:
     num_select: int = 300
     tile_size: int = 0
     tile_overlap: int = 64
+    merge: Literal["seam", "nms", "soft"] = "seam"
     merge_iou: float = 0.5
+    full_image: bool = False
+    auto_tile_size: int = 0
+    auto_tile_overlap: int = 0
 
 
 @dataclass(frozen=True)
@@ -205,13 +217,17 @@ class EvaluationConfig:
 
     Attributes:
         num_select: detections kept per image or tile, the best (query, class) pairs.
+        merge: how the detections of tiles become those of the image, see `crossdino.merging`.
         merge_iou: of boxes of one class from different tiles that overlap by more than this the best one stays.
+        full_image: besides its tiles the whole image is looked at, for objects that no tile holds.
         max_detections: detections per image and class that enter AP.
         size_bands: name -> (lower, upper) bound of sqrt(area) in pixels of the original image, both inclusive.
     """
 
     num_select: int = 300
+    merge: Literal["seam", "nms", "soft"] = "seam"
     merge_iou: float = 0.5
+    full_image: bool = False
     max_detections: int = 100
     size_bands: dict[str, tuple[float, float]] = field(
         default_factory=lambda: {"small": (0.0, 32.0), "medium": (32.0, 96.0), "large": (96.0, 1e5)}

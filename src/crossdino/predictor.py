@@ -24,8 +24,9 @@ from crossdino.data.dataset import collate
 from crossdino.data.images import read_image
 from crossdino.data.transforms import normalize, resize_hw, resize_image, to_tensor
 from crossdino.errors import InputError
+from crossdino.merging import merge_detections
 from crossdino.structures import DetectorOutput, Target
-from crossdino.tiling import merge_detections, tile_grid, tile_starts
+from crossdino.tiling import tile_grid, tile_starts
 
 if TYPE_CHECKING:
     from crossdino.models.detector import CrossDINO

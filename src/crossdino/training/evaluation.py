@@ -14,9 +14,10 @@ from crossdino.config import Config
 from crossdino.data.dataset import DetectionDataset, build_loader
 from crossdino.data.index import DatasetIndex
 from crossdino.evaluation.average_precision import AveragePrecisionResult, evaluate_detections
+from crossdino.merging import merge_detections
 from crossdino.models.detector import CrossDINO
 from crossdino.predictor import detections_to_coco, select_detections
-from crossdino.tiling import Tile, merge_detections
+from crossdino.tiling import Tile
 from crossdino.training.run import Run
 
 
@@ -34,7 +35,7 @@ def detect_dataset(
     """Detections of a data set as COCO results, with the data set's own image and category ids.
 
     Always in float32, as `Predictor` computes: bfloat16 cost the compact model 1.5 AP. Where the data set has tiles,
-    those of an image are merged (`crossdino.tiling.merge_tiles`).
+    those of an image are merged (`crossdino.merging.merge_tiles`).
 
     Args:
         model: the detector, on the device to compute on; it is put into eval mode.

@@ -200,12 +200,14 @@ def build_model(config: Config, init_weights: str | Path | None, continues: bool
     model = CrossDINO(model_config)
     model.config = config.model
     model.inference = InferenceConfig(
-        config.data.test_short_side,
-        config.data.test_long_side,
-        config.evaluation.num_select,
-        config.data.tile_size,
-        config.data.tile_overlap,
-        config.evaluation.merge_iou,
+        short_side=config.data.test_short_side,
+        long_side=config.data.test_long_side,
+        num_select=config.evaluation.num_select,
+        tile_size=config.data.tile_size,
+        tile_overlap=config.data.tile_overlap,
+        merge=config.evaluation.merge,
+        merge_iou=config.evaluation.merge_iou,
+        full_image=config.evaluation.full_image,
     )
     model.checkpoint_activations = config.training.activation_checkpointing
     if init_weights is not None and not continues:
