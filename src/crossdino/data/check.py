@@ -21,7 +21,7 @@ from typing import Literal
 
 import PIL
 
-from crossdino.data.images import BROKEN, MISSING, ImageError, large_images_allowed, read_sizes
+from crossdino.data.images import BROKEN, MISSING, ImageError, read_sizes
 
 Check = Literal["full", "headers"]
 Progress = Callable[[int, int], None]
@@ -73,11 +73,10 @@ def check_images(
     # each holds one in memory; more for headers, for the sake of network drives.
     pool = ThreadPoolExecutor(16 if memory is None else min(16, max(4, os.cpu_count() or 1)))
     try:
-        with large_images_allowed():
-            for done, fact in enumerate(pool.map(lambda path: _examine(path, memory), paths), start=1):
-                facts.append(fact)
-                if on_progress is not None:
-                    on_progress(done, len(paths))
+        for done, fact in enumerate(pool.map(lambda path: _examine(path, memory), paths), start=1):
+            facts.append(fact)
+            if on_progress is not None:
+                on_progress(done, len(paths))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         if memory is not None:  # also when the user stops a long check: it goes on from there

@@ -92,15 +92,14 @@ def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
         raise ImageError(message, BROKEN, reason) from None
 
 
-@contextmanager
-def large_images_allowed() -> Iterator[None]:
-    """Without Pillow's warning about large images: below its hard limit (179 million pixels) they are legitimate.
+def allow_large_images() -> None:
+    """Keep Pillow from warning of large images: below its hard limit (179 million pixels) they are legitimate.
 
-    The filter of warnings belongs to the whole process: with threads, set it outside of them.
+    The filter of warnings belongs to the whole process and cannot be set for a while in one of several threads
+    (`warnings.catch_warnings` would take away what another thread has set), so it is set for good.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        yield
+    if ("ignore", None, Image.DecompressionBombWarning, None, 0) not in warnings.filters:
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def read_sizes(path: Path, decode: bool = False) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -116,6 +115,7 @@ def read_sizes(path: Path, decode: bool = False) -> tuple[tuple[int, int], tuple
     Raises:
         ImageError: as `read_image`; what only decoding can find is found only then.
     """
+    allow_large_images()
     with _opened(path) as image:
         width, height = image.size
         _check_mode(image, path)
@@ -143,7 +143,8 @@ def read_image(path: str | Path, apply_exif: bool = True) -> Image.Image:
         ImageError: the file is missing, broken, truncated, too large, or of a mode without a known value range.
     """
     path = Path(path)
-    with large_images_allowed(), _opened(path) as image:
+    allow_large_images()
+    with _opened(path) as image:
         _check_mode(image, path)
         rgb = _to_rgb(image, path)
         orientation = _orientation(image, path, decoded=True) if apply_exif else 1

@@ -1,0 +1,78 @@
+"""Ordinary images, read whole, and what pictures held in memory have in common."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from crossdino.data.images import read_image
+from crossdino.sources.contract import Picture, Source
+from crossdino.tiling import Tile
+
+# A picture is made smaller by plain averages of blocks until it is about so many times as large as wanted, then by
+# Pillow's bilinear filter, which averages as well. (A training image of that size is filtered in one step.)
+REDUCING_GAP = 2.0
+
+
+class WholeImage(Picture):
+    """An image file that is decoded once, by `data.images.read_image`: the very pixels that training sees."""
+
+    def __init__(self, source: Source, hw: tuple[int, int]) -> None:
+        """Remember the file.
+
+        Args:
+            source: the file.
+            hw: its upright size, as its header says.
+        """
+        self.source = source
+        self.hw = hw
+        self._pixels: NDArray[np.uint8] | None = None
+        self._lock = threading.Lock()
+
+    def read(self, tile: Tile) -> NDArray[np.uint8]:
+        """See `Picture.read`."""
+        return cut(self._whole(), tile)
+
+    def read_reduced(self, hw: tuple[int, int]) -> NDArray[np.uint8]:
+        """See `Picture.read_reduced`."""
+        return reduce_pixels(self._whole(), hw)
+
+    def close(self) -> None:
+        """Forget the pixels."""
+        with self._lock:
+            self._pixels = None
+
+    def _whole(self) -> NDArray[np.uint8]:
+        with self._lock:
+            if self._pixels is None:
+                self._pixels = np.asarray(read_image(self.source.path))
+            return self._pixels
+
+
+def cut(pixels: NDArray[np.uint8], tile: Tile) -> NDArray[np.uint8]:
+    """The pixels of a tile out of (H, W, 3), a copy; what lies beyond them is black."""
+    result = np.zeros((tile.height, tile.width, 3), dtype=np.uint8)
+    rows, columns = inside(tile, (pixels.shape[0], pixels.shape[1]))
+    result[rows.start - tile.top : rows.stop - tile.top, columns.start - tile.left : columns.stop - tile.left] = pixels[
+        rows.start : rows.stop, columns.start : columns.stop
+    ]
+    return result
+
+
+def inside(tile: Tile, hw: tuple[int, int]) -> tuple[range, range]:
+    """The rows and columns of a tile that lie in a picture; empty ranges where it lies beyond it."""
+    top, left = min(max(tile.top, 0), hw[0]), min(max(tile.left, 0), hw[1])
+    bottom, right = min(tile.top + tile.height, hw[0]), min(tile.left + tile.width, hw[1])
+    return range(top, max(top, bottom)), range(left, max(left, right))
+
+
+def reduce_pixels(pixels: NDArray[np.uint8], hw: tuple[int, int]) -> NDArray[np.uint8]:
+    """(H, W, 3) made smaller with averaging; see `Picture.read_reduced`."""
+    height, width = min(hw[0], pixels.shape[0]), min(hw[1], pixels.shape[1])
+    if (height, width) == pixels.shape[:2]:
+        return pixels.copy()
+    small = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR, reducing_gap=REDUCING_GAP)
+    return np.array(small)
