@@ -16,16 +16,20 @@ import safetensors.torch
 import torch
 
 from crossdino.checkpoints import (
+    CalibrationWarning,
     load_model,
     push_folder,
     recover_folder,
     replaced_folder,
     save_model,
     start_from,
+    weights_digest,
+    write_calibration,
     written_whole,
 )
 from crossdino.config import Config, InferenceConfig
 from crossdino.errors import InputError
+from crossdino.evaluation.calibration import Calibration
 from crossdino.models.detector import CrossDINO
 
 
@@ -93,7 +97,7 @@ def test_loading_does_not_ask_for_the_backbones_own_weights(
     assert asked == [None]
 
 
-def test_a_hub_id_fetches_nothing_but_the_two_files(
+def test_a_hub_id_fetches_nothing_but_what_is_loaded(
     model: CrossDINO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_model(model, tmp_path / "m")
@@ -107,7 +111,8 @@ def test_a_hub_id_fetches_nothing_but_the_two_files(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert load_model("owner/model").config == model.config
-    assert calls == [("owner/model", {"allow_patterns": ["model.safetensors", "config.json"]})]
+    wanted = ["model.safetensors", "config.json", "calibration.json"]
+    assert calls == [("owner/model", {"allow_patterns": wanted})]
     with pytest.raises(InputError, match=r"no model folder owner/absent, .*ConnectionError: no route\)$"):
         load_model("owner/absent")
     for name in ("absent", "./absent/m", "a/b/c", "/absent/m"):
@@ -373,6 +378,68 @@ def test_a_push_that_cannot_be_says_why(model: CrossDINO, tmp_path: Path, hub: t
     for folder, message in ((tmp_path / "absent", "no model folder"), (tmp_path, "is not a model folder")):
         with pytest.raises(InputError, match=message):
             push_folder(folder, "me/model")
+
+
+def made_calibration(**changes: Any) -> Calibration:
+    made = Calibration(("red", "blue"), (16.0,), (0.5,), (1.0,), (0.0, 0.1), ((0.3, 0.4),), settings={"tile_size": 0})
+    return dataclasses.replace(made, **changes)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_calibration_travels_with_its_weights(
+    model: CrossDINO, tmp_path: Path, hub: type[StandInHub], half: bool
+) -> None:
+    assert model.calibration is None
+    model.calibration = made_calibration()
+    save_model(model, tmp_path / "m", half=half)
+    loaded = load_model(tmp_path / "m")
+    # In half precision the weights are rounded, and still the same ones.
+    assert loaded.calibration == made_calibration(weights=weights_digest(model))
+    assert load_model(tmp_path / "m" / "model.safetensors").calibration == loaded.calibration
+    save_model(loaded, tmp_path / "again")
+    assert load_model(tmp_path / "again").calibration == loaded.calibration
+    push_folder(tmp_path / "m", "me/model")
+    files = hub.calls[-1][1]["files"]
+    assert sorted(files) == ["README.md", "calibration.json", "config.json", "model.safetensors"]
+    # A model without one leaves none behind in a folder that had one.
+    loaded.calibration = None
+    save_model(loaded, tmp_path / "again")
+    assert not (tmp_path / "again" / "calibration.json").exists()
+
+
+def test_a_calibration_of_other_weights_is_left_out(model: CrossDINO, tmp_path: Path) -> None:
+    model.calibration = made_calibration()
+    save_model(model, tmp_path / "m")
+    loaded = load_model(tmp_path / "m")
+    with torch.no_grad():
+        loaded.class_embed.bias += 0.01  # as a training would
+    with pytest.warns(CalibrationWarning, match="calibration of the model is of other weights and is not written to"):
+        save_model(loaded, tmp_path / "trained")
+    assert not (tmp_path / "trained" / "calibration.json").exists()
+
+    path = tmp_path / "m" / "calibration.json"
+    loaded.calibration = None
+    save_model(loaded, tmp_path / "other")
+    (tmp_path / "other" / "calibration.json").write_bytes(path.read_bytes())
+    with pytest.warns(CalibrationWarning, match=r"other/calibration.json is left out, it belongs to other weights"):
+        assert load_model(tmp_path / "other").calibration is None
+    good = json.loads(path.read_text())
+    for content, message in (
+        ("{", "is left out, .*run `crossdino calibrate` again, or delete the file"),
+        (json.dumps({**good, "format_version": 9}), "newer crossdino"),
+        (json.dumps({**good, "temperatures": [-1]}), "do not fit together"),
+    ):
+        path.write_text(content)
+        with pytest.warns(CalibrationWarning, match=message):
+            assert load_model(tmp_path / "m").calibration is None
+    write_calibration(
+        tmp_path / "m",
+        made_calibration(
+            class_names=("red",), class_biases=(0.0,), class_thresholds=((0.3,),), weights=weights_digest(model)
+        ),
+    )
+    with pytest.warns(CalibrationWarning, match="other weights"):
+        assert load_model(tmp_path / "m").calibration is None
 
 
 def test_a_failed_write_leaves_the_old_file(model: CrossDINO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,7 @@ def change_classes(
     )
     labels.num_embeddings = len(class_names) + 1
     model.config = dataclasses.replace(model.config, class_names=tuple(class_names))
+    model.calibration = None  # was that of the old classes
 
     taken = [(name, old_names[source]) for name, source in zip(class_names, sources, strict=True) if source is not None]
     fresh = [name for name, source in zip(class_names, sources, strict=True) if source is None]
@@ -108,6 +109,7 @@ def change_num_queries(model: CrossDINO, num_queries: int) -> list[str]:
     contents.weight = nn.Parameter(contents.weight[rows].clone(), requires_grad=contents.weight.requires_grad)
     contents.num_embeddings = num_queries
     model.config = dataclasses.replace(model.config, num_queries=num_queries)
+    model.calibration = None  # was that of the old queries
     if num_queries < old:
         return [f"queries cut from {old} to the first {num_queries}"]
     return [f"queries raised from {old} to {num_queries}: the new ones begin as copies of the last"]

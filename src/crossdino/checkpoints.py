@@ -1,8 +1,12 @@
 """Weights in and out: the package's own model folder.
 
 A model folder holds `model.safetensors` (the weights), `config.json` (all that is needed to build the network and to
-prepare its images) and `README.md` (the model card, for people). Nothing in it is ever unpickled or run. A Hugging
-Face repository of a Cross-DINO model holds the same three files, so that a folder and a hub id are loaded alike.
+prepare its images), `README.md` (the model card, for people) and, after `crossdino calibrate`, `calibration.json`.
+Nothing in it is ever unpickled or run. A Hugging Face repository of a Cross-DINO model holds the same files, so that a
+folder and a hub id are loaded alike.
+
+`calibration.json` belongs to certain weights and names them by a digest. One that belongs to others, or cannot be read,
+is left out with a warning: the model is as good as it was without.
 
 `config.json` has a `format_version`. A setting that is added to `ModelConfig` or `InferenceConfig` must have the value
 that older models were made with as its default: a file that lacks it gets that. What older versions of the package
@@ -12,10 +16,12 @@ would read wrongly raises `FORMAT_VERSION`.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -32,18 +38,24 @@ from crossdino.errors import InputError
 from crossdino.model_card import model_card
 
 if TYPE_CHECKING:
+    from crossdino.evaluation.calibration import Calibration
     from crossdino.models.detector import CrossDINO
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
+CALIBRATION_FILE = "calibration.json"
 
 # Everything that a config.json of this format may hold.
 _CONFIG_KEYS = ("format_version", "crossdino_version", "model", "inference", "class_names", "category_ids", "metrics")
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
 
 T = TypeVar("T")
+
+
+class CalibrationWarning(UserWarning):
+    """A calibration was left out because it is not one of these weights."""
 
 
 def save_model(
@@ -58,7 +70,8 @@ def save_model(
     """Write a model folder; each file appears whole or not at all.
 
     Args:
-        model: the detector; its `config` and `inference` are written beside the weights.
+        model: the detector; its `config` and `inference` are written beside the weights, and its `calibration` where it
+            has one (with a warning instead where that belongs to other weights, e.g. because training went on).
         folder: made where it does not exist.
         half: store floating-point weights in half precision (half the size; loaded as float32 again).
         metrics: what the model reached, kept for the reader; as `AveragePrecisionResult.to_dict()` gives it.
@@ -98,6 +111,42 @@ def save_model(
     with written_whole(folder / CARD_FILE) as partial:
         text = card if card is not None else model_card(model, name=folder.resolve().name, metrics=metrics)
         partial.write_text(text, encoding="utf-8")
+    calibration = model.calibration
+    if calibration is not None:
+        digest = weights_digest(model)
+        if calibration.weights in (None, digest):
+            write_calibration(folder, dataclasses.replace(calibration, weights=digest))
+            return
+        warnings.warn(
+            f"the calibration of the model is of other weights and is not written to {folder}: run `crossdino "
+            "calibrate` again",
+            CalibrationWarning,
+            stacklevel=2,
+        )
+    (folder / CALIBRATION_FILE).unlink(missing_ok=True)
+
+
+def weights_digest(model: CrossDINO) -> str:
+    """What names the weights of a model: a digest of all its tensors, the same in float32 as stored in half precision.
+
+    Args:
+        model: on any device.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().to("cpu", torch.float16 if tensor.is_floating_point() else tensor.dtype)
+        digest.update(f"{name} {tuple(values.shape)} ".encode())
+        digest.update(values.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_calibration(folder: str | Path, calibration: Calibration) -> None:
+    """Write `calibration.json` into a model folder, whole or not at all; its weights stay as they are."""
+    with written_whole(Path(folder) / CALIBRATION_FILE) as partial:
+        partial.write_text(json.dumps(calibration.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def load_model(source: str | Path, *, device: str | torch.device = "cpu") -> CrossDINO:
@@ -105,11 +154,12 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu") -> Cro
 
     Args:
         source: a local model folder, the safetensors file or config.json in it, or the id `owner/name` of a Hugging
-            Face repository (of which only the safetensors and JSON file are fetched).
+            Face repository (of which only the safetensors and JSON files are fetched).
         device: where to put the model.
 
     Returns:
-        The model in eval mode, float32 whatever the stored precision.
+        The model in eval mode, float32 whatever the stored precision. Its `calibration` is that of the folder, None
+        where there is none, or (with a `CalibrationWarning`) where it belongs to other weights or cannot be read.
 
     Raises:
         InputError: if there is no such model, a file is broken or a pickle, it was made by a newer crossdino, or the
@@ -127,11 +177,12 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu") -> Cro
     # The name is kept, so that saving the model again tells where it came from.
     model.config = config
     model.inference = inference
+    model.calibration = _read_calibration(place, model)
     return model.to(device).eval()
 
 
 def find_model(source: str | Path) -> Path:
-    """Where a model is on this machine; a Hugging Face repository is fetched (only its safetensors and JSON file).
+    """Where a model is on this machine; a Hugging Face repository is fetched (only its safetensors and JSON files).
 
     Args:
         source: as for `load_model`.
@@ -166,7 +217,9 @@ def find_model(source: str | Path) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE]))
+        return Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE, CALIBRATION_FILE])
+        )
     except Exception as error:  # the hub's client raises network, authentication and validation errors of many kinds
         raise InputError(
             f"no model folder {name}, and the Hugging Face hub has no such model in reach ({_reason(error)})"
@@ -176,7 +229,7 @@ def find_model(source: str | Path) -> Path:
 def push_folder(
     folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None, message: str | None = None
 ) -> str:
-    """Upload a model folder to the Hugging Face hub: weights, configuration and card, and nothing else in it.
+    """Upload a model folder to the Hugging Face hub: weights, configuration, card, calibration, and nothing else in it.
 
     Args:
         folder: a model folder, e.g. the `best/` of a training.
@@ -208,7 +261,7 @@ def push_folder(
                 repo_id=repo_id,
                 repo_type="model",
                 folder_path=str(folder),
-                allow_patterns=[WEIGHTS_FILE, CONFIG_FILE, CARD_FILE],
+                allow_patterns=[WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, CALIBRATION_FILE],
                 commit_message=message or f"Upload a model of crossdino {package_version()}",
             )
     except Exception as error:  # as in `find_model`
@@ -413,6 +466,26 @@ def package_version() -> str:
 def _folder(place: str | Path) -> Path:
     """The model folder of what `find_model` gives."""
     return Path(place).parent if Path(place).is_file() else Path(place)
+
+
+def _read_calibration(place: Path, model: CrossDINO) -> Calibration | None:
+    """The calibration beside the weights, if it belongs to them."""
+    path = _folder(place) / CALIBRATION_FILE
+    if not path.is_file():
+        return None
+    from crossdino.evaluation.calibration import Calibration
+
+    remedy = "run `crossdino calibrate` again, or delete the file"
+    try:
+        found = Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:  # an InputError of `from_dict` is a ValueError, as that of JSON is
+        warnings.warn(f"{path} is left out, {error}; {remedy}", CalibrationWarning, stacklevel=3)
+        return None
+    if found.weights != weights_digest(model) or len(found.class_names) != model.config.num_classes:
+        what = f"it belongs to other weights ({found.weights}) than {place}"
+        warnings.warn(f"{path} is left out, {what}: {remedy}", CalibrationWarning, stacklevel=3)
+        return None
+    return found
 
 
 def _section(stored: Mapping[str, Any], name: str, kind: type[T], place: Path) -> T:

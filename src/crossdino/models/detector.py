@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from crossdino.models.denoising import DenoisingQueries, make_denoising_queries
 from crossdino.models.encoder import Encoder
 from crossdino.models.position import sine_position
 from crossdino.structures import DenoisingOutput, DetectorOutput, LayerOutput, Target
+
+if TYPE_CHECKING:
+    from crossdino.evaluation.calibration import Calibration
 
 # The logit of a query that stands for no token (an image with fewer tokens than queries): score 2e-9.
 _VOID_LOGIT = -20.0
@@ -69,9 +72,12 @@ class CrossDINO(nn.Module):
         mean, std: what the backbone's input is normalised with, three numbers each for RGB in [0, 1].
         checkpoint_activations: while training, keep only the inputs of the backbone, of each layer and of the fusion
             for the backward pass and compute the rest again; the same result with less memory and more time.
+        calibration: what makes the scores probabilities and says from which score a detection counts, as `crossdino
+            calibrate` fits it; None: there is none. `Predictor(threshold="auto")` uses it.
     """
 
     checkpoint_activations: bool = False
+    calibration: Calibration | None = None
 
     def __init__(self, config: ModelConfig, inference: InferenceConfig | None = None) -> None:
         super().__init__()
