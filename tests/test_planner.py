@@ -14,6 +14,7 @@ from crossdino import memory_plan, trial
 from crossdino.config import Config, flattened, read_yaml, to_dict, with_changes
 from crossdino.data.index import DatasetIndex, ImageRecord, Problems
 from crossdino.data.inspection import Inspection, inspect_dataset, network_sizes
+from crossdino.data.tile_choice import with_tiles
 from crossdino.memory_plan import fit_batch, worst_sizes
 from crossdino.planner import Proposal, propose
 from crossdino.recipes import recipe
@@ -82,6 +83,21 @@ def test_small_objects_in_large_images_get_tiles(name: str) -> None:
     assert np.percentile(inspection.main.sizes_px, 95) <= data.tile_overlap < data.tile_size
     assert "tile" in next(s.reason for s in proposal.settings if s.name == "data.tile_size")
     assert proposal.epoch_items > inspection.main.num_images
+
+
+@pytest.mark.usefixtures("known_memory")
+@pytest.mark.parametrize("size_px", [(7, 35), (200, 700)])
+def test_auto_asks_for_the_choice_that_a_training_makes(size_px: tuple[float, float]) -> None:
+    index = make_data((2160, 3840), size_px)
+    auto = with_changes(recipe("compact"), {"data.tile_size": "auto"})
+    planned = plan(inspected(index), auto, given=["data.tile_size"]).config.data
+    assert planned == plan(inspected(index), recipe("compact")).config.data
+    trained = with_tiles(auto, index)[0].data
+    assert (trained.tile_size, trained.tile_overlap) == (planned.tile_size, planned.tile_overlap)
+    # An input that was given stays, tiles are chosen for it.
+    given = with_changes(auto, {"data.test_short_side": 320})
+    planned = plan(inspected(index), given, given=["data.tile_size", "data.test_short_side"]).config.data
+    assert planned.test_short_side == 320 and planned.tile_size == with_tiles(given, index)[0].data.tile_size
 
 
 @pytest.mark.usefixtures("known_memory")

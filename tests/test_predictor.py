@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from crossdino.config import InferenceConfig, ModelConfig
 from crossdino.errors import InputError
-from crossdino.predictor import Predictor, detections_to_coco, select_detections, to_pil_image
+from crossdino.postprocessing import detections_to_coco, select_detections
+from crossdino.predictor import Predictor
+from crossdino.sources import to_pil_image
 from crossdino.structures import DetectorOutput
 
 
@@ -26,6 +28,7 @@ class StandIn(nn.Module):
     def __init__(self, short_side: int = 64, long_side: int = 100, num_select: int = 5) -> None:
         super().__init__()
         self.config = ModelConfig(class_names=("car", "ship"))
+        self.calibration = None
         self.inference = InferenceConfig(short_side, long_side, num_select)
         self.seen: list[tuple[Tensor, Tensor]] = []
 
@@ -127,7 +130,7 @@ def test_order_and_laziness_of_many_images():
     model = Shade(short_side=16, long_side=64)
     predictor = Predictor(model, batch_size=3, threshold=0.005)
     generator = np.random.default_rng(0)
-    shades = generator.permutation(np.arange(20, 160, 20))
+    shades = generator.permutation(np.arange(10, 250, 6))
     taken = []
 
     def images():
@@ -138,9 +141,9 @@ def test_order_and_laziness_of_many_images():
 
     stream = predictor.predict_many(images())
     first = next(stream)
-    assert len(taken) == 3
+    assert len(taken) <= 3 + 2 * (2 * 3 + 2) + 2, "it was read further ahead than two batches and the threads need"
     results = [first, *stream]
-    assert [len(images) for images, _ in model.seen] == [3, 3, 1]
+    assert [len(images) for images, _ in model.seen] == [3] * 13 + [1]
     np.testing.assert_allclose([result.confidence[0] for result in results], shades / 255, atol=1e-6)
     assert list(predictor.predict_many([])) == []
     assert predictor([]) == []

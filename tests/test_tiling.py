@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from crossdino.errors import InputError
-from crossdino.merging import at_seam, merge_detections, merge_tiles
+from crossdino.merging import merge_detections
 from crossdino.tiling import Tile, tile_grid, tile_starts
 
 
@@ -38,54 +38,17 @@ def test_grid_is_row_by_row_and_impossible_overlaps_are_refused() -> None:
             tile_starts(100, size, overlap)
 
 
-def test_only_inner_borders_are_seams() -> None:
-    boxes = torch.tensor([[0.0, 10, 5, 20], [10, 10, 20, 20], [94, 10, 99.5, 20], [10, 95, 20, 100]])
-    first, last = Tile(0, 0, 100, 100), Tile(0, 100, 100, 100)
-    assert at_seam(boxes, first, (100, 200)).tolist() == [False, False, True, False]
-    assert at_seam(boxes + torch.tensor([100.0, 0, 100, 0]), last, (100, 200)).tolist() == [True, False, False, False]
-    assert at_seam(boxes, first, (300, 200)).tolist() == [False, False, True, True]
-
-
-def naive_merge(boxes: list, scores: list, labels: list, cut: list, iou: float) -> list[int]:
-    """The rule, spelled out."""
-
-    def inter(a: list, b: list) -> float:
-        return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-
-    def area(a: list) -> float:
-        return (a[2] - a[0]) * (a[3] - a[1])
-
-    left = []
-    for i, box in enumerate(boxes):
-        covered = any(
-            not cut[j]
-            and labels[j] == labels[i]
-            and scores[j] >= 0.5 * scores[i]
-            and inter(box, boxes[j]) / area(box) > iou
-            for j in range(len(boxes))
-        )
-        if not (cut[i] and covered):
-            left.append(i)
-    kept: list[int] = []
-    for i in sorted(left, key=lambda i: -scores[i]):
-        if all(
-            labels[i] != labels[j]
-            or inter(boxes[i], boxes[j]) / (area(boxes[i]) + area(boxes[j]) - inter(boxes[i], boxes[j])) <= iou
-            for j in kept
-        ):
-            kept.append(i)
-    return kept
-
-
-def test_merging_follows_the_rule_spelled_out() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        corners = rng.uniform(0, 60, (60, 2))
-        boxes = np.concatenate([corners, corners + rng.uniform(2, 25, (60, 2))], 1).astype(np.float32)
-        scores = rng.permutation(np.linspace(0.01, 0.99, 60)).astype(np.float32)
-        labels, cut = rng.integers(0, 3, 60), rng.random(60) < 0.3
-        found = merge_tiles(*(torch.from_numpy(x) for x in (boxes, scores, labels, cut)), iou=0.5)
-        assert found.tolist() == naive_merge(boxes.tolist(), scores.tolist(), labels.tolist(), cut.tolist(), 0.5)
+def test_small_and_narrow_images_and_large_overlaps() -> None:
+    assert tile_grid((1, 1), 50, 10) == [Tile(0, 0, 50, 50)]
+    assert tile_grid((30, 90), 50, 10) == [Tile(0, 0, 50, 50), Tile(0, 40, 50, 50)]  # narrower in one direction
+    assert tile_grid((90, 30), 50, 10) == [Tile(0, 0, 50, 50), Tile(40, 0, 50, 50)]
+    assert [tile_starts(length, 50, 10) for length in (49, 50, 51, 90, 91)] == [[0], [0], [0, 1], [0, 40], [0, 20, 41]]
+    # An overlap of more than a half: every pixel but those near the border is in two tiles or more.
+    starts = tile_starts(200, 50, 30)
+    seen = np.zeros(200, dtype=int)
+    for start in starts:
+        seen[start : start + 50] += 1
+    assert seen[20:180].min() >= 2
 
 
 def test_objects_on_seams_come_out_once_and_neighbours_stay_two() -> None:

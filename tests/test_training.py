@@ -25,7 +25,8 @@ from crossdino.data.dataset import DetectionDataset
 from crossdino.errors import InputError
 from crossdino.losses.criterion import Criterion
 from crossdino.models.detector import CrossDINO
-from crossdino.predictor import Predictor, detections_to_coco
+from crossdino.postprocessing import detections_to_coco
+from crossdino.predictor import Predictor
 from crossdino.training import detect_dataset, replay_failure, show_batch, train
 from crossdino.training.schedule import epoch_order, learning_rate_factor, parameter_groups
 from tests.conftest import draw_data

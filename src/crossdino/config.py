@@ -181,6 +181,11 @@ class DataConfig:
     bad_boxes: Literal["error", "mend"] = "error"
     num_workers: int = 2
 
+    @property
+    def tile_px(self) -> int:
+        """The tiles' side in pixels of the file; 0: whole images, also while `auto` has not been decided."""
+        return 0 if self.tile_size == "auto" else self.tile_size
+
 
 @dataclass(frozen=True)
 class InferenceConfig:

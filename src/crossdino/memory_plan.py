@@ -141,7 +141,7 @@ def fit_batch(
 def worst_sizes(split: SplitObjects, data: DataConfig) -> tuple[tuple[int, int], ...]:
     """The largest inputs of a training: that of most pixels, and, if it is another, that of the other orientation."""
     short_side = max(data.train_short_sides)
-    shapes = {(data.tile_size, data.tile_size)} if data.tile_size else set(map(tuple, split.image_hw.tolist()))
+    shapes = {(data.tile_px, data.tile_px)} if data.tile_px else set(map(tuple, split.image_hw.tolist()))
     if data.crop_short_sides:
         low, high = data.crop_range
         shapes |= {(low, high), (high, low), (high, high)}

@@ -2,13 +2,7 @@
 
 The rules and the numbers behind them:
 
-- Input size. A token of the finest level covers `first_stride` pixels of the network's input (8, or 4). An object with
-  sides of one stride always contains the centre of a token; one with sides of two strides always contains one token's
-  cell as a whole, wherever it lies. So the smallest tenth of the objects shall have at least one stride and the median
-  object at least two. Enlarging an image to more than twice its size adds no detail and is not proposed.
-- Tiles, where whole images of that scale would have clearly more pixels than the recipe was made for. A tile has the
-  recipe's own input size; tiles overlap by the longest side of all but the largest hundredth of the objects, so that
-  nearly every object lies in some tile as a whole.
+- Input size and tiles: see `crossdino.data.tile_choice`, which `data.tile_size: auto` follows too.
 - Queries and detections: half as many again as the fullest image or tile has objects. DETR-like detectors find fewer
   objects than they have queries left for.
 - Boost's beta: the paper takes 1.0 for COCO, 0.1 for VisDrone and SODA-D and 0.05 for AI-TOD. Their median objects are
@@ -29,7 +23,8 @@ from numpy.typing import NDArray
 
 from crossdino.benchmarks import AITOD_SIZE_BANDS
 from crossdino.config import Config, EvaluationConfig
-from crossdino.data.inspection import Inspection, SplitObjects, network_scales, network_sizes, objects_per_tile
+from crossdino.data.inspection import Inspection, SplitObjects, network_sizes, objects_per_tile
+from crossdino.data.tile_choice import SizeChoice, choose_size, round_up
 from crossdino.data.transforms import resize_hw
 from crossdino.memory_plan import MemoryPlan, fit_batch, worst_sizes
 from crossdino.proposal import Proposal, Setting
@@ -37,11 +32,6 @@ from crossdino.trial import WorstBatch, available_bytes
 
 # Memory that is left to loader processes, evaluation and what else runs.
 MEMORY_SHARE = 0.85
-# More than this many times the pixels of the recipe's own input are better cut into tiles.
-_WHOLE_IMAGE_LIMIT = 1.5
-_LARGEST_ENLARGEMENT = 2.0
-# Sizes that fall short of what is wanted by less than this are left alone.
-_TOLERANCE = 1.1
 _HEAD_ROOM = 1.5
 # A note is made where more than this share of the objects stays smaller than a token.
 _TOO_SMALL_SHARE = 0.15
@@ -49,8 +39,6 @@ _TOO_SMALL_SHARE = 0.15
 _BETAS = ((0.055, 1.0), (0.022, 0.1), (0.0, 0.05))
 # A size band holds enough objects for its AP to mean something from this many, and from this share on.
 _ENOUGH_OBJECTS, _ENOUGH_SHARE = 20, 0.05
-# The overlap of tiles is the largest of these quantiles (%) of the objects' longer sides that is not too long.
-_OVERLAP_QUANTILES = (99.0, 97.5, 95.0, 90.0)
 
 __all__ = ["Proposal", "propose"]
 
@@ -101,8 +89,10 @@ class _Plan:
 
     def __init__(self, inspection: Inspection, config: Config, given: frozenset[str]) -> None:
         self.inspection = inspection
-        self.config = config
-        self.given = given
+        # `auto` asks for a choice and is none.
+        self.auto = config.data.tile_size == "auto"
+        self.config = dataclasses.replace(config, data=dataclasses.replace(config.data, tile_size=config.data.tile_px))
+        self.given = given - {"data.tile_size"} if self.auto else given
         self.settings: list[Setting] = []
         self.notes: list[str] = []
         self.split: SplitObjects = inspection.main
@@ -125,41 +115,17 @@ class _Plan:
 
     def input_size(self) -> None:
         """Whole images or tiles, and how large."""
-        sizing = {"data.tile_size", "data.test_short_side", "data.test_long_side"}
-        data, stride = self.config.data, self.config.model.first_stride
-        if sizing & self.given or not len(self.split):
+        given_input = bool({"data.test_short_side", "data.test_long_side"} & self.given)
+        if "data.tile_size" in self.given or (given_input and not self.auto) or not len(self.split):
             return
-        sizes = network_sizes(self.split, data)
-        tenth, median = np.percentile(sizes, (10, 50)).tolist()
-        scale = float(np.median(network_scales(self.split.image_hw, data)[self.split.image_of]))
-        growth = max(stride / tenth, 2 * stride / median)
-        goal = (
-            f"a token of the finest level covers {stride} px: at the network's input the smallest tenth of the objects "
-            f"should have {stride} px and the median {2 * stride} px"
-        )
-        found = f"they have {tenth:.1f} and {median:.1f} px at the recipe's size"
-        target = scale * growth
-        if growth <= 1:
-            if scale > _LARGEST_ENLARGEMENT * _TOLERANCE:
-                self._resize_all(
-                    max(target, _LARGEST_ENLARGEMENT) / scale,
-                    f"the recipe would enlarge these images {scale:.1f} times, more than 2 adds no detail; objects "
-                    f"keep what they need: {goal}",
-                )
-            else:
-                self._keep_size(f"{goal}: {found}")
-            return
-        target = min(target, max(_LARGEST_ENLARGEMENT, scale))
-        if target <= scale * _TOLERANCE:
-            self._keep_size(f"{goal}: {found}; more pixels would add little")
-        elif self._pixels(target) <= _WHOLE_IMAGE_LIMIT * data.test_short_side * data.test_long_side:
-            self._resize_all(target / scale, f"{goal}; {found}")
+        stride = self.config.model.first_stride
+        choice = choose_size(self.split, self.config.data, stride, fixed_input=given_input)
+        if choice.action == "tiles":
+            self._cut_tiles(choice)
+        elif choice.action == "resize" and not given_input:
+            self._resize_all(choice.growth, choice.reason)
         else:
-            self._cut_tiles(
-                target,
-                f"{goal}; {found}, and whole images that would give them that are "
-                f"too large ({' x '.join(f'{side * target:.0f}' for side in self._median_wh())} px)",
-            )
+            self.decide("data.tile_size", 0, choice.reason)
         sizes = network_sizes(self.split, self.config.data)
         if (sizes < stride).mean() > _TOO_SMALL_SHARE:
             self.notes.append(
@@ -171,18 +137,6 @@ class _Plan:
                     else ""
                 )
             )
-
-    def _median_wh(self) -> list[float]:
-        """Median width and height of the images."""
-        return np.median(self.split.image_hw, axis=0)[::-1].tolist()
-
-    def _pixels(self, scale: float) -> float:
-        """Pixels of the median image at a scale."""
-        return float(np.median(self.split.image_hw.prod(1))) * scale**2
-
-    def _keep_size(self, reason: str) -> None:
-        data = self.config.data
-        self.decide("data.tile_size", data.tile_size, reason)
 
     def _resize_all(self, growth: float, reason: str) -> None:
         """All sides of the recipe times `growth`, in steps of 32 pixels."""
@@ -199,34 +153,10 @@ class _Plan:
             self.decide(f"data.{name}", sides if name == "crop_range" else tuple(dict.fromkeys(sides)), same)
         self.decide("data.train_long_side", scaled(data.train_long_side), same)
 
-    def _cut_tiles(self, scale: float, reason: str) -> None:
-        data = self.config.data
-        longest = self.split.boxes_xywh[:, 2:].max(1)
-        usual = float(np.percentile(longest, 95))
-        side = data.test_short_side
-        size = max(64, int(side / scale) // 32 * 32)
-        if size < 2 * usual:
-            size = _round_up(2 * usual, 32)
-            side = min(_round_up(size * scale, 32), _round_up(side * math.sqrt(_WHOLE_IMAGE_LIMIT), 32))
-            reason += f"; a tile is at least twice as long as 95 % of the objects ({usual:.0f} px)"
-        self.decide("data.tile_size", size, f"{reason}: tiles of {size} px, shown to the network at {side} px")
-        limit = size // 3
-        share, length = next(
-            (
-                (q, value)
-                for q, value in zip(
-                    _OVERLAP_QUANTILES, np.percentile(longest, _OVERLAP_QUANTILES).tolist(), strict=True
-                )
-                if value <= limit
-            ),
-            (100 * float((longest <= limit).mean()), limit),
-        )
-        self.decide(
-            "data.tile_overlap",
-            min(max(_round_up(length, 16), 32), limit),
-            f"{share:g} % of the objects are at most {length:.0f} px long, so nearly each of these lies in some tile "
-            "as a whole; more than a third of a tile would multiply the tiles",
-        )
+    def _cut_tiles(self, choice: SizeChoice) -> None:
+        data, side = self.config.data, choice.side
+        self.decide("data.tile_size", choice.tile_size, choice.reason)
+        self.decide("data.tile_overlap", choice.tile_overlap, choice.overlap_reason)
         if side != data.test_short_side:
             self.decide("data.test_short_side", side, "so that the objects of the larger tiles keep their size")
             self.decide("data.train_short_sides", (side,), "in proportion to data.test_short_side")
@@ -239,14 +169,14 @@ class _Plan:
     def per_item(self, split: SplitObjects) -> NDArray[np.int64]:
         """Objects of each image, or of each tile."""
         data = self.config.data
-        if data.tile_size:
-            return objects_per_tile(split, data.tile_size, data.tile_overlap, data.tile_keep)
+        if data.tile_px:
+            return objects_per_tile(split, data.tile_px, data.tile_overlap, data.tile_keep)
         return split.per_image
 
     def counts(self) -> None:
         """Queries, detections and denoising pairs."""
         model, evaluation, data = self.config.model, self.config.evaluation, self.config.data
-        what = "tile" if data.tile_size else "image"
+        what = "tile" if data.tile_px else "image"
         fullest = max(
             (int(self.per_item(split).max(initial=0)) for split in self.inspection.splits.values()), default=0
         )
@@ -268,7 +198,7 @@ class _Plan:
         if fullest > self.config.model.num_queries:
             self.notes.append(
                 f"the fullest {what} has {fullest} objects, more than model.num_queries {self.config.model.num_queries}"
-                f": the rest cannot be found; {'smaller' if data.tile_size else 'cut'} tiles (--data.tile_size) or a "
+                f": the rest cannot be found; {'smaller' if data.tile_px else 'cut'} tiles (--data.tile_size) or a "
                 "larger input help"
             )
 
@@ -302,8 +232,8 @@ class _Plan:
         data, model = self.config.data, self.config.model
         if not self.split.num_images:
             return model.num_queries
-        hw = (data.tile_size, data.tile_size)
-        if not data.tile_size:
+        hw = (data.tile_px, data.tile_px)
+        if not data.tile_px:
             areas = self.split.image_hw.prod(1)
             hw = tuple(self.split.image_hw[np.argsort(areas)[len(areas) // 2]].tolist())
         height, width = resize_hw(hw, data.test_short_side, data.test_long_side)
@@ -348,8 +278,8 @@ class _Plan:
         loss, data = self.config.loss, self.config.data
         if loss.classification != "boost" or not len(self.split):
             return
-        if data.tile_size:
-            relative = float(np.median(self.split.sizes_px)) / data.tile_size
+        if data.tile_px:
+            relative = float(np.median(self.split.sizes_px)) / data.tile_px
         else:
             sides = np.sqrt(self.split.image_hw.prod(1))[self.split.image_of]
             relative = float(np.median(self.split.sizes_px / sides))
@@ -402,7 +332,7 @@ class _Plan:
     def items_of_an_epoch(self) -> int:
         """Images of an epoch, or its tiles: those with objects and a share of the others."""
         data = self.config.data
-        if not data.tile_size:
+        if not data.tile_px:
             return self.split.num_images
         per_tile = self.per_item(self.split)
         full = int((per_tile > 0).sum())
@@ -419,10 +349,6 @@ class _Plan:
             )
 
 
-def _round_up(value: float, step: int) -> int:
-    return max(1, math.ceil(value / step)) * step
-
-
 def _round_count(value: float) -> int:
     """Up to a round number: tens below 100, fifties below 500, hundreds above."""
-    return _round_up(value, 10 if value <= 100 else 50 if value <= 500 else 100)
+    return round_up(value, 10 if value <= 100 else 50 if value <= 500 else 100)

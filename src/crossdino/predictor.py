@@ -1,37 +1,113 @@
 """From images in any of the usual forms to `supervision.Detections` in pixels of the original image.
 
-The path of the boxes is DINO's post-processing (Section 3.1 of the DINO paper; the Cross-DINO paper keeps it): sigmoid,
-the best `num_select` (query, class) pairs, one conversion from normalised cxcywh to absolute xyxy. There is no
-non-maximum suppression. Boxes stay float32 from the model to the caller: rounding a perfect 8 px box to whole
-pixels costs a fifth of its IoU.
+A picture is looked at as a whole, or tile by tile, or both. All looks of all pictures form one stream: threads read and
+resize what comes next while the network works, and a batch may hold tiles of several pictures.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, overload
 
 import numpy as np
 import supervision as sv
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from torchvision.ops import box_convert
 
+from crossdino.checkpoints import CalibrationWarning, weights_digest
+from crossdino.config import InferenceConfig
 from crossdino.data.dataset import collate
-from crossdino.data.images import read_image
-from crossdino.data.transforms import normalize, resize_hw, resize_image, to_tensor
+from crossdino.data.transforms import normalize, resize_hw, resize_image
 from crossdino.errors import InputError
 from crossdino.merging import merge_detections
+from crossdino.postprocessing import Found, select_detections
+from crossdino.sources import Ahead, FailedPicture, ImageInput, Picture, Source, as_picture, find_sources, open_all
 from crossdino.structures import DetectorOutput, Target
-from crossdino.tiling import tile_grid, tile_starts
+from crossdino.tiling import Tile, tile_grid, tile_starts
 
 if TYPE_CHECKING:
     from crossdino.models.detector import CrossDINO
 
-ImageInput = str | Path | Image.Image | np.ndarray | Tensor
+T = TypeVar("T")
+
+# In place of the number of a tile.
+_WHOLE = -1
+_NOTHING: Found = (torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+# Detections of a tile that stay below this share of their own threshold are dropped before the tiles are merged.
+_SURELY_BELOW = 0.5
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was found in one picture.
+
+    Attributes:
+        picture: what was looked at.
+        detections: `xyxy` float32 in pixels of the original image, inside the image; `confidence` in descending order;
+            `class_id`; `data["class_name"]`. Empty where the picture could not be read.
+        capped: the image, or one of its tiles, filled all `num_select` places, so that there may be more objects.
+        error: why the picture could not be read.
+    """
+
+    picture: Picture
+    detections: sv.Detections
+    capped: bool = False
+    error: InputError | None = None
+
+
+@dataclass
+class _Job:
+    """A picture on its way: its looks, and what they have found so far; or why there are no more pictures."""
+
+    picture: Picture
+    hw: tuple[int, int] = (0, 0)
+    tiles: list[Tile] = field(default_factory=list)
+    parts: list[Found] = field(default_factory=list)
+    full: Found | None = None
+    missing: int = 0
+    capped: bool = False
+    error: InputError | None = None
+    broken_off: Exception | None = None
+
+    def keep(self, number: int, found: Found, most: int) -> None:
+        """Take over what was found in a tile, or in the whole; `most` is as much as can be found there."""
+        self.capped |= len(found[1]) >= most
+        if number == _WHOLE:
+            self.full = found
+        else:
+            self.parts[number] = found
+
+
+@dataclass
+class _Look:
+    """One passage through the network: of the tile of that number, or of the whole picture."""
+
+    job: _Job
+    number: int
+
+    @property
+    def tile(self) -> Tile:
+        """What is looked at."""
+        return Tile(0, 0, *self.job.hw) if self.number == _WHOLE else self.job.tiles[self.number]
+
+
+class TileMemory(Protocol):
+    """What keeps the detections of tiles until their picture is finished, see `crossdino.results.TileStore`."""
+
+    def load(self, picture: Picture, num_tiles: int) -> dict[int, Found]:
+        """Number of the tile (-1: the whole picture) -> what an earlier run has found there."""
+        ...
+
+    def save(self, picture: Picture, num_tiles: int, number: int, found: Found) -> None:
+        """Keep what was found in a tile."""
+        ...
 
 
 class Predictor:
@@ -40,58 +116,96 @@ class Predictor:
     Images of a batch may have different sizes; every image is resized as the model's `inference` settings say (or as
     given here), padded to the batch's largest, and its boxes come back in its own pixels. A model that was trained on
     tiles sees tiles of the same size, whose detections are merged.
+
+    It is also what `supervision.InferenceSlicer` wants as a callback.
     """
 
     def __init__(
         self,
         model: CrossDINO,
         *,
-        threshold: float = 0.0,
+        threshold: float | Literal["auto"] = 0.0,
         num_select: int | None = None,
         short_side: int | None = None,
         long_side: int | None = None,
-        tile_size: int | None = None,
+        tile_size: int | Literal["auto"] | None = None,
         tile_overlap: int | None = None,
+        merge: Literal["seam", "nms", "soft"] | None = None,
+        merge_iou: float | None = None,
+        full_image: bool | None = None,
         device: str | torch.device | None = None,
         batch_size: int = 1,
         precision: Literal["fp32", "bf16"] = "fp32",
+        num_threads: int = 2,
+        channel_order: Literal["rgb", "bgr"] = "rgb",
     ) -> None:
         """Take over a model and put it into evaluation mode.
 
         Args:
             model: the trained detector.
-            threshold: detections with a lower score are left out; in [0, 1]. 0 keeps all `num_select`.
+            threshold: detections with a lower score are left out; in [0, 1]. 0 keeps all `num_select`. `auto`: scores
+                are calibrated and held against thresholds by class and size, as `crossdino calibrate` has fitted them.
             num_select: detections kept per image or tile, the best (query, class) pairs; None: the model's own setting.
             short_side: the short side's length in pixels that an image or tile is resized to; None: the model's own.
             long_side: limit of the long side in pixels; None: the model's own setting.
-            tile_size: side in pixels of the square tiles that an image is cut into; 0: whole images; None: the model's
-                own setting.
+            tile_size: side in pixels of the square tiles that an image is cut into; 0: whole images; `auto`: tiles in
+                which objects are as large as in training; None: the model's own setting.
             tile_overlap: by how many pixels neighbouring tiles overlap at least; None: the model's own setting.
+            merge: how the detections of tiles become those of the image; None: the model's own setting.
+            merge_iou: overlap from which two detections of a class are one, in (0, 1]; None: the model's own setting.
+            full_image: besides its tiles look at the whole image; None: the model's own setting.
             device: where to run, e.g. `cuda`; None: where the model is.
-            batch_size: images, or tiles of an image, that go through the model together.
+            batch_size: images, or tiles, that go through the model together.
             precision: `fp32`, or `bf16` for autocast.
+            num_threads: threads that read and resize ahead of the network.
+            channel_order: of arrays (not of files or PIL images); `bgr` for those of OpenCV.
 
         Raises:
             InputError: a setting is out of range.
         """
+        inference: InferenceConfig = model.inference
+
+        def chosen(given: T | None, own: T) -> T:
+            return own if given is None else given
+
         self.threshold = threshold
-        self.num_select = model.inference.num_select if num_select is None else num_select
-        self.short_side = model.inference.short_side if short_side is None else short_side
-        self.long_side = model.inference.long_side if long_side is None else long_side
-        self.tile_size = model.inference.tile_size if tile_size is None else tile_size
-        self.tile_overlap = model.inference.tile_overlap if tile_overlap is None else tile_overlap
-        self.merge_iou = model.inference.merge_iou
+        self.num_select = chosen(num_select, inference.num_select)
+        self.short_side = chosen(short_side, inference.short_side)
+        self.long_side = chosen(long_side, inference.long_side)
+        self.tile_size, self.tile_overlap = choose_tiles(inference, tile_size, tile_overlap)
+        self.merge = chosen(merge, inference.merge)
+        self.merge_iou = chosen(merge_iou, inference.merge_iou)
+        self.full_image = bool(chosen(full_image, inference.full_image) and self.tile_size)
         self.batch_size = batch_size
         self.precision = precision
-        for name in ("num_select", "short_side", "long_side", "batch_size"):
+        self.num_threads = num_threads
+        self.channel_order = channel_order
+        for name in ("num_select", "short_side", "long_side", "batch_size", "num_threads"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: give at least 1")
-        if self.tile_size:
-            tile_starts(1, self.tile_size, self.tile_overlap)  # refuses an impossible overlap
-        if not 0 <= threshold <= 1:
-            raise InputError(f"threshold is {threshold}: give a score from 0 to 1")
-        if precision not in ("fp32", "bf16"):
-            raise InputError(f"precision is {precision!r}: give fp32 or bf16")
+        if threshold != "auto" and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
+            raise InputError(f"threshold is {threshold}: give a score from 0 to 1, or auto")
+        if not 0 < self.merge_iou <= 1:
+            raise InputError(f"merge_iou is {self.merge_iou}: give an overlap above 0 and at most 1")
+        names = {"precision": ("fp32", "bf16"), "merge": ("seam", "nms", "soft"), "channel_order": ("rgb", "bgr")}
+        for name, known in names.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} is {getattr(self, name)!r}: give {' or '.join(known)}")
+        self._lowest_score = 0.0 if isinstance(threshold, str) else float(threshold)
+        self._most_detections = min(self.num_select, model.config.num_queries * model.config.num_classes)
+        self.calibration = model.calibration if threshold == "auto" else None
+        if threshold == "auto" and self.calibration is None:
+            raise InputError(
+                "threshold is auto, but the model has no calibration: fit one on validation data by `crossdino "
+                "calibrate`, or give a score from 0 to 1"
+            )
+        if self.calibration is not None and (differences := self.calibration.differences(vars(self))):
+            warnings.warn(
+                f"the calibration was made with other settings ({', '.join(differences)}), so that scores and "
+                "thresholds may be off: give those, or run `crossdino calibrate` with yours",
+                CalibrationWarning,
+                stacklevel=2,
+            )
         self.model = (model if device is None else model.to(device)).eval()
         self.device = _device_of(model)
         self.class_names = np.array(model.config.class_names)
@@ -110,175 +224,256 @@ class Predictor:
                 RGBA, whose alpha is dropped), a uint8 tensor (3, H, W); or a list of such.
 
         Returns:
-            One `supervision.Detections`, or a list of them in the order of the images: `xyxy` float32 in pixels of the
-            original image, inside the image; `confidence` in descending order; `class_id`; `data["class_name"]`.
+            One `supervision.Detections`, or a list of them in the order of the images; see `Prediction`.
 
         Raises:
             InputError: an image cannot be read or is not of one of these forms.
         """
         if isinstance(image, (list, tuple)):
             return list(self.predict_many(image))
-        return self._predict_batch([image])[0]
+        return next(self.predict_many([image]))
 
-    def predict_many(self, images: Iterable[ImageInput]) -> Iterator[sv.Detections]:
-        """Detect in a stream of images, `batch_size` at a time; yields in the order of the images.
+    def predict_many(self, images: str | Path | Iterable[Picture | ImageInput]) -> Iterator[sv.Detections]:
+        """The detections of one image after the other; `stream` without what belongs to them.
 
         Args:
-            images: any iterable of what a call takes; it is read no further than one batch ahead.
+            images: as for `stream`.
 
         Yields:
-            The detections of one image after the other.
+            The detections of each image, or of each frame of a video.
         """
-        iterator = iter(images)
-        while batch := list(itertools.islice(iterator, self.batch_size)):
-            yield from self._predict_batch(batch)
+        for prediction in self.stream(images):
+            prediction.picture.close()
+            yield prediction.detections
 
-    def _predict_batch(self, images: Sequence[ImageInput]) -> list[sv.Detections]:
-        pictures = [to_pil_image(image) for image in images]
-        found = [self._detect_tiles(one) for one in pictures] if self.tile_size else self._detect(pictures)
-        return [
-            sv.Detections(
-                xyxy=boxes.numpy(),
-                confidence=scores.numpy(),
-                class_id=labels.numpy(),
-                data={"class_name": self.class_names[labels.numpy()]},
-            )
-            for boxes, scores, labels in found
-        ]
+    def stream(
+        self,
+        images: str | Path | Iterable[Picture | ImageInput],
+        *,
+        on_error: Literal["raise", "yield"] = "raise",
+        memory: TileMemory | None = None,
+    ) -> Iterator[Prediction]:
+        """Detect in a stream of images, in their order; memory does not grow with its length.
 
-    def _detect(self, pictures: Sequence[Image.Image]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Boxes, scores and labels of each picture."""
-        batch = collate([self._prepare(picture) for picture in pictures]).to(self.device)
+        Args:
+            images: a folder, a glob pattern, a video or a single image; or any iterable of what a call takes and of
+                what `crossdino.sources.open_pictures` yields. It is read a little ahead, in a thread.
+            on_error: `raise` stops at the first picture that cannot be read; `yield` gives it with its `error`.
+            memory: keeps what is found in the tiles of a picture that is not finished, so that a stopped run can go on
+                within it.
+
+        Yields:
+            A `Prediction` for each picture, which is still open (`prediction.picture.close()` frees its pixels).
+
+        Raises:
+            InputError: a picture cannot be read.
+        """
+        if isinstance(images, (str, Path)):
+            sources, _ = find_sources([str(images)])
+            images = open_all(sources)
+        # Enough to keep the network busy while a slow file is decoded; more would only fill the memory.
+        depth = 2 * self.batch_size + self.num_threads
+        jobs: deque[_Job] = deque()
+        looks: deque[_Look] = deque()
+        reading: deque[tuple[_Look, Future[Tensor]]] = deque()
+        with Ahead(self._start_all(images), depth) as coming, ThreadPoolExecutor(self.num_threads) as readers:
+            try:
+                while True:
+                    while len(looks) + len(reading) < depth and len(jobs) < depth:
+                        # Wait until a batch is full: what an image is batched with shall not depend on the time
+                        # that files take. (Of a live camera take one at a time.)
+                        job = coming.take(wait=len(looks) + len(reading) < self.batch_size)
+                        if job is None:
+                            break
+                        jobs.append(job)
+                        looks += self._looks(job, memory)
+                    while looks and len(reading) < depth:
+                        look = looks.popleft()
+                        reading.append((look, readers.submit(self._prepare, look)))
+                    if not jobs:
+                        return
+                    self._take(reading, memory)
+                    while jobs and jobs[0].missing == 0:
+                        job = jobs.popleft()
+                        if job.broken_off is not None:
+                            raise job.broken_off
+                        if job.error is not None and on_error == "raise":
+                            raise job.error
+                        yield self._finish(job)
+            finally:
+                for _, image in reading:
+                    image.cancel()
+                for job in jobs:
+                    job.picture.close()
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that the detections depend on besides the image, as plain values, with a digest of the weights."""
+        names = (
+            *("threshold", "num_select", "short_side", "long_side", "tile_size", "tile_overlap"),
+            *("merge", "merge_iou", "full_image", "precision"),
+        )
+        made_by: dict[str, Any] = {"weights": weights_digest(self.model)}
+        if self.calibration is not None:
+            made_by["calibration"] = hashlib.sha256(repr(self.calibration.to_dict()).encode()).hexdigest()[:16]
+        return {**{name: getattr(self, name) for name in names}, **made_by}
+
+    def tiles_of(self, hw: tuple[int, int]) -> list[Tile]:
+        """The tiles that an image of this height and width is cut into; none where it is looked at as a whole."""
+        return tile_grid(hw, self.tile_size, self.tile_overlap) if self.tile_size else []
+
+    def _start_all(self, images: Iterable[Picture | ImageInput]) -> Iterator[_Job]:
+        """The pictures' jobs; runs in the reading thread, so that headers are read ahead as well."""
+        try:
+            for image in images:
+                yield self._start(image)
+        except Exception as error:  # of the caller's iterable: raised in its turn, after the pictures before it
+            end = FailedPicture(Source("", "", "memory"), InputError(str(error)))
+            yield _Job(end, error=end.error, broken_off=error)
+
+    def _start(self, image: Picture | ImageInput) -> _Job:
+        try:
+            picture = image if isinstance(image, Picture) else as_picture(image, self.channel_order)
+        except InputError as error:
+            of_file = isinstance(image, (str, Path))
+            source = Source(str(image), str(image), "image") if of_file else Source("image in memory", "", "memory")
+            picture = FailedPicture(source, error)
+        job = _Job(picture)
+        try:
+            job.hw = job.picture.hw
+            job.tiles = self.tiles_of(job.hw)
+        except InputError as error:
+            job.error = error
+        return job
+
+    def _looks(self, job: _Job, memory: TileMemory | None) -> list[_Look]:
+        """The passages that a picture still needs."""
+        if job.error is not None:
+            return []
+        numbers: list[int] = [*range(len(job.tiles)), *([_WHOLE] if self.full_image or not job.tiles else [])]
+        job.parts = [_NOTHING] * len(job.tiles)
+        if memory is not None and job.tiles:
+            for number, found in memory.load(job.picture, len(job.tiles)).items():
+                job.keep(number, found, self._most_detections)
+                numbers.remove(number)
+        job.missing = len(numbers)
+        return [_Look(job, number) for number in numbers]
+
+    def _prepare(self, look: _Look) -> Tensor:
+        """The pixels of a look, resized and normalised; runs in a reading thread."""
+        tile, picture = look.tile, look.job.picture
+        hw = resize_hw((tile.height, tile.width), self.short_side, self.long_side)
+        if look.job.error is not None:  # another tile could not be read: this one is not needed
+            raise look.job.error
+        # So large that it is never in memory as a whole: then it is reduced while it is read.
+        reduced = look.number == _WHOLE and picture.windowed
+        pixels = picture.read_reduced(hw) if reduced else picture.read(tile)
+        image = resize_image(torch.from_numpy(pixels).permute(2, 0, 1), hw)
+        return normalize(image, self.model.mean, self.model.std)
+
+    def _take(self, reading: deque[tuple[_Look, Future[Tensor]]], memory: TileMemory | None) -> None:
+        """Send the next looks through the network."""
+        batch: list[tuple[_Look, Tensor]] = []
+        while reading and len(batch) < self.batch_size:
+            look, image = reading.popleft()
+            if look.job.error is None:
+                try:
+                    batch.append((look, image.result()))
+                    continue
+                except InputError as error:
+                    look.job.error = error
+            # Not needed, be it read by now or not: what a batch is made of must not depend on that.
+            image.cancel()
+            look.job.missing -= 1
+        if not batch:
+            return
+        sizes = [(look.tile.height, look.tile.width) for look, _ in batch]
+        for (look, _), found in zip(batch, self._detect([image for _, image in batch], sizes), strict=True):
+            job = look.job
+            job.missing -= 1
+            job.keep(look.number, found, self._most_detections)
+            if memory is not None and job.tiles:
+                memory.save(job.picture, len(job.tiles), look.number, found)
+
+    def _detect(self, images: Sequence[Tensor], original_hw: Sequence[tuple[int, int]]) -> list[Found]:
+        """Boxes, scores and labels of prepared images, in pixels of the originals."""
+        nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+        batch = collate([(image, nothing) for image in images]).to(self.device)
         with (
             torch.no_grad(),
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
         ):
             output: DetectorOutput = self.model(batch.images, batch.padding_mask)
-        original_hw = [target.original_hw for target in batch.targets]
-        return select_detections(output, original_hw, self.num_select, self.threshold)
+        found = select_detections(output, original_hw, self.num_select, self._lowest_score)
+        if self.calibration is None:
+            return found
+        # The thresholds by class and size are for merged boxes; far below them nothing can be of use.
+        kept = []
+        for boxes, scores, labels in found:
+            lowest = _SURELY_BELOW * self.calibration.thresholds(boxes, labels)
+            likely = self.calibration.calibrate(boxes, scores, labels) >= lowest
+            kept.append((boxes[likely], scores[likely], labels[likely]))
+        return kept
 
-    def _detect_tiles(self, picture: Image.Image) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes, scores and labels of a picture, by its tiles."""
-        image_hw = (picture.height, picture.width)
-        tiles = tile_grid(image_hw, self.tile_size, self.tile_overlap)
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for start in range(0, len(tiles), self.batch_size):
-            # What lies beyond a small picture is black, as in training.
-            chosen = tiles[start : start + self.batch_size]
-            corners = [(tile.left, tile.top, tile.left + tile.width, tile.top + tile.height) for tile in chosen]
-            parts += self._detect([picture.crop(corner) for corner in corners])
-        return merge_detections(parts, tiles, image_hw, self.merge_iou)
+    def _finish(self, job: _Job) -> Prediction:
+        """The detections of a picture from those of its looks."""
+        if job.error is not None:
+            return Prediction(job.picture, self._as_detections(*_NOTHING), error=job.error)
+        if job.tiles:
+            found = merge_detections(job.parts, job.tiles, job.hw, self.merge_iou, self.merge, job.full)
+        else:
+            assert job.full is not None
+            found = job.full
+        boxes, scores, labels = found
+        if self.calibration is None:
+            kept = scores >= self._lowest_score
+        else:
+            scores = self.calibration.calibrate(boxes, scores, labels)
+            kept = scores >= self.calibration.thresholds(boxes, labels)
+        order = scores[kept].argsort(descending=True, stable=True)
+        detections = self._as_detections(boxes[kept][order], scores[kept][order], labels[kept][order])
+        return Prediction(job.picture, detections, job.capped)
 
-    def _prepare(self, image: Image.Image) -> tuple[Tensor, Target]:
-        original_hw = (image.height, image.width)
-        resized = resize_image(to_tensor(image), resize_hw(original_hw, self.short_side, self.long_side))
-        target = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), original_hw=original_hw)
-        return normalize(resized, self.model.mean, self.model.std), target
-
-
-def select_detections(
-    output: DetectorOutput, original_hw: Sequence[tuple[int, int]], num_select: int, threshold: float = 0.0
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The best (query, class) pairs of every image, in absolute pixels.
-
-    Args:
-        output: the detector's output, boxes as normalised cxcywh of the unpadded image.
-        original_hw: height and width in pixels of each of the N original images.
-        num_select: pairs kept per image; more than Q x K keeps all.
-        threshold: pairs with a lower score are left out; in [0, 1].
-
-    Returns:
-        For every image, on the CPU and by descending score: boxes (n, 4) float32 absolute xyxy, clipped to the image;
-        scores (n,) float32; labels (n,) int64.
-    """
-    scores = output.pred_logits.detach().float().sigmoid()
-    num_queries, num_classes = scores.shape[1:]
-    scores, places = scores.flatten(1).topk(min(num_select, num_queries * num_classes), dim=1)
-    labels = places % num_classes
-    queries = (places // num_classes).unsqueeze(-1).expand(-1, -1, 4)
-    boxes = box_convert(output.pred_boxes.detach().float().gather(1, queries), "cxcywh", "xyxy")
-    sizes = torch.tensor([[width, height, width, height] for height, width in original_hw], device=boxes.device)
-    boxes = boxes.clamp(0, 1) * sizes[:, None]
-    boxes, scores, labels = boxes.cpu(), scores.cpu(), labels.cpu()
-    kept = scores >= threshold
-    return [
-        (boxes[image][kept[image]], scores[image][kept[image]], labels[image][kept[image]])
-        for image in range(len(kept))
-    ]
+    def _as_detections(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> sv.Detections:
+        names = {"class_name": self.class_names[labels.numpy()]}
+        return sv.Detections(boxes.numpy(), confidence=scores.numpy(), class_id=labels.numpy(), data=names)
 
 
-def detections_to_coco(
-    detections: sv.Detections, image_id: int, category_ids: Sequence[int]
-) -> list[dict[str, int | float | list[float]]]:
-    """Write detections as COCO results.
+def choose_tiles(
+    inference: InferenceConfig, tile_size: int | Literal["auto"] | None = None, tile_overlap: int | None = None
+) -> tuple[int, int]:
+    """The tiles to use, from what is asked for and what the model was made for.
 
     Args:
-        detections: what a `Predictor` returned for the image.
-        image_id: the image's id in the ground truth.
-        category_ids: the ground truth's category id of every class index.
+        inference: the model's own settings.
+        tile_size: side in pixels, 0 for whole images, `auto` for the size at which objects are as large as they were
+            in training, None for the model's own.
+        tile_overlap: least overlap of neighbours in pixels; None: what goes with the size.
 
     Returns:
-        A dictionary a detection: `image_id`, `category_id`, `bbox` (x, y, width, height in pixels, to 0.0001 px) and
-        `score` (to 1e-8).
-    """
-    if len(detections) == 0:
-        return []
-    assert detections.confidence is not None and detections.class_id is not None, "a Predictor sets both"
-    boxes = detections.xyxy.astype(np.float64)
-    boxes[:, 2:] -= boxes[:, :2]
-    return [
-        {
-            "image_id": int(image_id),
-            "category_id": int(category_ids[label]),
-            "bbox": [round(value, 4) for value in box],
-            "score": round(score, 8),
-        }
-        for box, score, label in zip(
-            boxes.tolist(),
-            detections.confidence.astype(np.float64).tolist(),
-            detections.class_id.tolist(),
-            strict=True,
-        )
-    ]
-
-
-def to_pil_image(image: ImageInput) -> Image.Image:
-    """The image as PIL RGB, whatever form it came in.
-
-    Args:
-        image: a path, a PIL image of any mode, a uint8 array (H, W, 3 or 4) or (H, W), a uint8 tensor (3, H, W).
-
-    Returns:
-        The image in RGB, 8 bits a channel.
+        Side and overlap in pixels; side 0 for whole images.
 
     Raises:
-        InputError: a file cannot be read, or an array has another type or shape.
+        InputError: no such tiles, or the model does not know what `auto` is.
     """
-    if isinstance(image, (str, Path)):
-        return read_image(image)
-    if isinstance(image, Image.Image):
-        if image.mode == "F" or image.mode.startswith("I"):
-            raise InputError(f"a PIL image of mode {image.mode} has no known range of values: convert it to 8 bits")
-        return image.convert("RGB")
-    if isinstance(image, Tensor):
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
+    size, overlap = inference.tile_size, inference.tile_overlap
+    if tile_size == "auto":
+        size, overlap = inference.auto_tile_size, inference.auto_tile_overlap
+        if not size:
             raise InputError(
-                f"an image tensor of type {image.dtype} and shape {tuple(image.shape)} is not understood: give uint8 "
-                "(3, H, W) in RGB; for values from 0 to 1 use (image * 255).round().to(torch.uint8)"
+                "tile_size is auto, but the model does not know how large its objects were in training (it was made "
+                "by an older crossdino, or elsewhere): give the tiles' side in pixels"
             )
-        return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
-    if isinstance(image, np.ndarray):
-        grey = image.ndim == 2
-        colour = image.ndim == 3 and image.shape[2] in (3, 4)
-        if image.dtype != np.uint8 or not (grey or colour) or image.size == 0:
-            raise InputError(
-                f"an image array of type {image.dtype} and shape {image.shape} is not understood: give uint8 (H, W, 3) "
-                "in RGB; for values from 0 to 1 use (image * 255).round().astype(numpy.uint8)"
-            )
-        return Image.fromarray(np.ascontiguousarray(image[..., :3] if colour else image)).convert("RGB")
-    raise InputError(
-        f"an image of type {type(image).__name__} is not understood: give a path, a PIL image, a uint8 array or tensor"
-    )
+    elif tile_size is not None:
+        if not isinstance(tile_size, int) or tile_size < 0:
+            raise InputError(f"tile_size is {tile_size!r}: give the tiles' side in pixels, 0 for whole images, or auto")
+        size, overlap = tile_size, overlap if tile_size == size else min(overlap, tile_size // 4)
+    if tile_overlap is not None:
+        if not size:
+            raise InputError(f"tile_overlap is {tile_overlap}, but images are not cut into tiles: give a tile_size")
+        overlap = tile_overlap
+    if size:
+        tile_starts(1, size, overlap)  # refuses an impossible overlap
+    return size, overlap
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -227,7 +227,7 @@ def _card(
         "averaged weights": f"decay {settings.ema_decay:g}" if settings.ema_decay else "no",
         "seed": settings.seed,
     }
-    if config.data.tile_size:
+    if config.data.tile_px:
         facts["tiles (px)"] = f"{config.data.tile_size}, overlapping by {config.data.tile_overlap}"
     # File names only: where the files lie on this machine is nobody's business.
     data = f"Trained on {train_index.annotations.name}"

@@ -14,9 +14,10 @@ from PIL import Image
 
 from crossdino.config import DataConfig
 from crossdino.data import load_coco
-from crossdino.data.dataset import DetectionDataset
+from crossdino.data.dataset import DetectionDataset, WholeImage
 from crossdino.errors import InputError
 from crossdino.structures import Target
+from crossdino.training.schedule import epoch_order
 
 # Tiles at the size of the file: nothing is resized, so boxes and pixels are exact.
 TILES = DataConfig(
@@ -184,3 +185,127 @@ def test_most_objects_of_a_tile(index) -> None:
 def test_impossible_tiles_are_refused(index, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         DetectionDataset(index, dataclasses.replace(TILES, **change))
+
+
+# --- borders, small images, whole images ---
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (20, 100), (100, 20), (39, 41), (41, 39), (40, 40), (40, 81)])
+@pytest.mark.parametrize("overlap", [0, 8, 20, 39])
+def test_every_pixel_of_an_odd_image_is_seen_in_its_place(tmp_path: Path, shape: tuple[int, int], overlap: int) -> None:
+    """Narrower than a tile in one direction, one pixel more or less than a tile, overlaps of a half and nearly all."""
+    pixels = np.random.default_rng(2).integers(1, 255, shape).astype(np.uint8)
+    index = load_coco(write(tmp_path, [np.repeat(pixels[..., None], 3, 2)], [[]]))
+    dataset = DetectionDataset(index, dataclasses.replace(TILES, tile_overlap=overlap), train=False)
+    seen = np.zeros(shape, dtype=int)
+    for item in dataset.items_of(0):
+        image, target = dataset[item]
+        x, y = target.origin_xy
+        shown = pixels_of(image, dataset)
+        height, width = min(40, shape[0] - y), min(40, shape[1] - x)
+        np.testing.assert_array_equal(shown[:height, :width], pixels[y : y + height, x : x + width])
+        assert shown[height:].sum() == shown[:, width:].sum() == 0, "black beyond the image"
+        seen[y : y + height, x : x + width] += 1
+    assert seen.min() >= 1
+    # Training moves tiles, but never beyond the image.
+    moving = DetectionDataset(index, dataclasses.replace(TILES, tile_overlap=overlap, empty_tiles=99), train=True)
+    for item in range(min(len(moving), 20)):
+        x, y = moving[item][1].origin_xy
+        assert 0 <= y <= max(shape[0] - 40, 0) and 0 <= x <= max(shape[1] - 40, 0)
+
+
+def test_the_share_that_is_kept_is_that_of_the_whole_box(tmp_path: Path) -> None:
+    """A box larger than a tile is never an object where too little of it can be seen; crowds are cut like objects."""
+    objects = [
+        {"bbox": [0, 0, 80, 50], "category_id": 1},  # a tile shows 1600 of 4000 at most: 0.4
+        {"bbox": [30, 60, 20, 20], "category_id": 2, "iscrowd": 1},
+    ]
+    index = load_coco(write(tmp_path, [np.zeros((80, 80, 3), dtype=np.uint8)], [objects]))
+    for keep, num_targets in ((0.4, 2), (0.41, 0)):
+        data = dataclasses.replace(TILES, tile_overlap=0, tile_keep=keep)
+        targets = [target for _, target in DetectionDataset(index, data, train=False)]
+        assert sum(len(target.labels) for target in targets) == num_targets
+        # The crowd has a part in both lower tiles.
+        crowds = [target.ignored_boxes_cxcywh[target.ignored_labels == 1] for target in targets]
+        assert [len(boxes) for boxes in crowds] == [0, 0, 1, 1]
+        np.testing.assert_allclose(corners(targets[2], crowds[2])[0], [30, 20, 40, 40], atol=1e-4)
+        assert sum(len(target.ignored_labels) for target in targets) == 2 + 4 - num_targets
+
+
+def test_whole_images_are_there_besides_the_tiles(index) -> None:
+    dataset = DetectionDataset(index, TILES, train=False)
+    plain = DetectionDataset(index, dataclasses.replace(TILES, tile_size=0), train=False)
+    for image, record in enumerate(index.records):
+        item = WholeImage(image)
+        (pixels, target), (expected, wanted) = dataset[item], plain[image]
+        assert torch.equal(pixels, expected) and torch.equal(target.boxes_cxcywh, wanted.boxes_cxcywh)
+        assert target.original_hw == (record.height, record.width) and target.origin_xy == (0, 0)
+        assert dataset.objects_of(item) == plain.objects_of(image) == len(record.labels)
+    assert len(list(dataset)) == len(dataset), "no item of their own"
+    # Centres within [left, left + 40) count; none is counted nowhere.
+    first = sum(dataset.objects_of(item) for item in dataset.items_of(0))
+    assert first >= len(index.records[0].labels)
+
+
+# --- balance ---
+
+
+def long_tail(folder: Path) -> Any:
+    """16 images of 40 x 40 with class a; the first shows class b too; the last image is empty."""
+    boxes = [[[2, 2, 6, 6]] + ([[20, 20, 8, 8]] if number == 0 else []) for number in range(16)] + [[]]
+    objects = [[{"bbox": box, "category_id": 1 + place} for place, box in enumerate(one)] for one in boxes]
+    return load_coco(write(folder, [coloured((40, 40), one) for one in boxes], objects))
+
+
+@pytest.mark.parametrize("tile_size", [0, 40])
+def test_rare_classes_come_more_often(tmp_path: Path, tile_size: int) -> None:
+    index = long_tail(tmp_path)
+    changes = {"tile_size": tile_size, "horizontal_flip": 0.5, "color_jitter": 0.5, "empty_tiles": 0.05}
+    plain = DetectionDataset(index, dataclasses.replace(TILES, **changes), train=True, seed=3)
+    dataset = DetectionDataset(index, dataclasses.replace(TILES, balance=1.0, **changes), train=True, seed=3)
+    # f(b) is 1 of 17 images, or 1 of 16 tiles with objects; a is shown by 16 of 17 images.
+    items = 17 if tile_size == 0 else 16
+    assert len(plain) == 17
+    assert dataset.repeats is not None and plain.repeats is None
+    np.testing.assert_allclose(dataset.repeats.classes, [np.sqrt(items / 16), np.sqrt(items)])
+    shares, varied = [], False
+    for epoch in range(4):
+        dataset.set_epoch(epoch)
+        shown = [dataset[item] for item in range(len(dataset))]
+        first = [pixels for pixels, target in shown if target.image_id == 1]
+        assert len(first) in (4, 5)
+        varied |= not all(torch.equal(first[0], other) for other in first[1:])
+        assert {target.image_id for _, target in shown} >= set(range(1, 17)), "nobody is left out for it"
+        seeds = [target.noise_seed for _, target in shown]
+        assert len(set(seeds)) == len(seeds)
+        labels = torch.cat([target.labels for _, target in shown])
+        shares.append(float((labels == 1).double().mean()))
+    assert varied, "each repetition is augmented by itself"
+    # Without balance 1 of 17 objects is of class b; with it 4 of about 20.
+    assert np.mean(shares) == pytest.approx(4 / 20, abs=0.03)
+    # A training that goes on within the last epoch sees what is left of it.
+    again = DetectionDataset(index, dataset.data, train=True, seed=3)
+    again.set_epoch(3)
+    order = epoch_order(len(dataset), 3, 3)
+    rest = [epoch_order(len(again), 3, 3, rank, 2, num_done=6) for rank in (0, 1)]
+    for place, item in enumerate(order[6:]):
+        other = again[rest[place % 2][place // 2]]
+        assert torch.equal(shown[item][0], other[0]) and shown[item][1].noise_seed == other[1].noise_seed
+    assert DetectionDataset(index, dataset.data, train=False).repeats is None, "for training only"
+
+
+@pytest.mark.parametrize("tile_size", [0, 40])
+def test_without_balance_and_with_nothing_rare_an_epoch_is_the_same(index, tile_size: int) -> None:
+    changes = {"tile_size": tile_size, "color_jitter": 0.5}
+    one = DetectionDataset(index, dataclasses.replace(TILES, balance=0.0, **changes), train=True, seed=1)
+    other = DetectionDataset(index, dataclasses.replace(TILES, balance=1e-6, **changes), train=True, seed=1)
+    assert len(one) == len(other)
+    for item in range(len(one)):
+        if one[item][1].labels.numel():  # which tiles without objects come is drawn after the repetitions
+            assert torch.equal(one[item][0], other[item][0])
+
+
+def test_evaluation_ignores_balance_and_impossible_values_are_refused(index) -> None:
+    for value in (-0.1, 1.5):
+        with pytest.raises(InputError, match=r"data.balance = .* must lie between 0"):
+            DetectionDataset(index, dataclasses.replace(TILES, balance=value))

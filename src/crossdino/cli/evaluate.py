@@ -3,12 +3,65 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from crossdino.cli.output import choose_device, make_console, write_json, write_text
 from crossdino.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from crossdino.config import InferenceConfig
+    from crossdino.evaluation.caps import Look
+
+
+def add_tile_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `crossdino evaluate` that say how images are cut and put together; None: the model's own."""
+    parser.add_argument(
+        "--tile-size",
+        type=tile_size,
+        metavar="PX",
+        help="cut images into tiles of this side; 0: whole images; auto: objects as large as in training (the model's)",
+    )
+    parser.add_argument(
+        "--tile-overlap", type=pixels, metavar="PX", help="of neighbouring tiles in pixels (the model's own)"
+    )
+    parser.add_argument(
+        "--merge", choices=("seam", "nms", "soft"), help="how the tiles' detections are put together (the model's own)"
+    )
+    parser.add_argument(
+        "--merge-iou", type=_iou, metavar="IOU", help="overlap from which two detections are one (the model's own)"
+    )
+    parser.add_argument(
+        "--full-image",
+        action=argparse.BooleanOptionalAction,
+        help="besides its tiles look at the whole image, for objects that no tile holds (the model's own)",
+    )
+
+
+def tile_size(text: str) -> int | Literal["auto"]:
+    """The value of `--tile-size`."""
+    return "auto" if text == "auto" else pixels(text, "a number of pixels or auto")
+
+
+def pixels(text: str, wanted: str = "a number of pixels") -> int:
+    """The value of `--tile-overlap`."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} must be {wanted}")
+    return int(text)
+
+
+def _iou(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a number above 0 and at most 1")
+    return value
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
@@ -21,14 +74,17 @@ def run_evaluate(options: argparse.Namespace) -> int:
     if options.predictions is not None and options.predictions_out is not None:
         raise InputError("--predictions-out goes with --weights only: the detections are in --predictions already")
     from crossdino.evaluation import COCO_SIZE_BANDS, evaluate_detections, parse_size_bands
+    from crossdino.evaluation.caps import cap_warnings
 
     bands = parse_size_bands(options.size_bands) if options.size_bands else COCO_SIZE_BANDS
     truth: Any = options.ground_truth
     detections: Any = options.predictions
+    console = make_console()
     if options.images is not None and not _is_one_file(truth):
         raise InputError(f"--images goes with a COCO file only; {truth} says itself where its images are")
+    look, capped = None, []
     if options.weights is not None:
-        truth, detections = _detect(options)
+        truth, detections, look, capped = _detect(options, console)
     elif not _is_one_file(truth):
         from crossdino.data.formats import load_dataset
 
@@ -36,10 +92,22 @@ def run_evaluate(options: argparse.Namespace) -> int:
     if options.predictions_out is not None:
         write_json(Path(options.predictions_out), detections)
     result = evaluate_detections(truth, detections, max_detections=options.max_detections, size_bands=bands)
+    table, numbers = result.table(), result.to_dict()
+    if look is not None:
+        table.caption = f"{table.caption}\n{look}"
+        numbers["settings"] |= look.to_dict()
+    console.print(table)
+    lines = cap_warnings(options.max_detections, look, capped, _content(truth), _content(detections))
+    for line in lines:
+        console.print(line, soft_wrap=True)
     if options.json is not None:
-        write_text(Path(options.json), result.to_json() + "\n")
-    make_console().print(result.table())
+        write_text(Path(options.json), json.dumps({**numbers, "warnings": lines}, indent=2, allow_nan=False) + "\n")
     return 0
+
+
+def _content(source: Any) -> Any:
+    """What a JSON file holds that was read and found good before, or the object itself."""
+    return json.loads(Path(source).read_text(encoding="utf-8")) if isinstance(source, (str, Path)) else source
 
 
 def _is_one_file(ground_truth: str) -> bool:
@@ -48,8 +116,43 @@ def _is_one_file(ground_truth: str) -> bool:
     return not path.is_dir() and path.suffix.lower() not in (".yaml", ".yml")
 
 
-def _detect(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Run a model over the images of the ground truth; returns the truth as it was understood, and detections."""
+def how_to_look(options: argparse.Namespace, inference: InferenceConfig) -> Look:
+    """How images are looked at: as the options say, and else as the model wants it.
+
+    Raises:
+        InputError: the model does not know which tiles suit it.
+    """
+    from crossdino.evaluation.caps import Look
+    from crossdino.tiling import tile_starts
+
+    def chosen(name: str) -> Any:
+        value = getattr(options, name)
+        return getattr(inference, name) if value is None else value
+
+    size, overlap = chosen("tile_size"), chosen("tile_overlap")
+    if size == "auto":
+        size = inference.auto_tile_size
+        if not size:
+            raise InputError(
+                f"{options.weights} does not tell which tiles suit it (it was made without training data at hand, or "
+                "before crossdino kept that): give --tile-size in pixels"
+            )
+        overlap = inference.auto_tile_overlap if options.tile_overlap is None else overlap
+    if size:
+        tile_starts(1, size, overlap)  # refuses an impossible overlap
+    rest = {name: chosen(name) for name in ("merge", "merge_iou", "full_image", "num_select")}
+    return Look(tile_size=size, tile_overlap=overlap, max_detections=options.max_detections, **rest)
+
+
+def _detect(
+    options: argparse.Namespace, console: Console
+) -> tuple[dict[str, Any], list[dict[str, Any]], Look, list[int]]:
+    """Run a model over the images of the ground truth.
+
+    Returns:
+        The truth as it was understood, the detections, how the images were looked at, and the ids of those of which
+        `num_select` left something out.
+    """
     from rich.progress import track
 
     from crossdino.checkpoints import load_model
@@ -61,6 +164,7 @@ def _detect(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str,
 
     model = load_model(options.weights, device=choose_device(options.device))
     names, inference = model.config.class_names, model.inference
+    look = how_to_look(options, inference)
     if _is_one_file(options.ground_truth):
         index = load_coco(options.ground_truth, options.images, class_names=names)
     else:
@@ -68,21 +172,19 @@ def _detect(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str,
     data = DataConfig(
         test_short_side=inference.short_side,
         test_long_side=inference.long_side,
-        tile_size=inference.tile_size if options.tile_size is None else options.tile_size,
-        tile_overlap=inference.tile_overlap if options.tile_overlap is None else options.tile_overlap,
+        tile_size=look.tile_size,
+        tile_overlap=look.tile_overlap,
     )
     dataset = DetectionDataset(index, data, model.mean, model.std, train=False, seed=0)
-    num_select = options.num_select or inference.num_select
-    console = make_console()
     for line in index.problems.lines():
-        console.print(f"{index.annotations}: {line}", soft_wrap=True)
-    what = "tile" if data.tile_size else "image"
+        console.print(f"{index.annotations}: {line}", soft_wrap=True, markup=False)
     console.print(
-        f"{len(index.records)} images{f' in {len(dataset)} tiles of {data.tile_size} px' if data.tile_size else ''}, "
-        f"short side {inference.short_side} px (long side at most {inference.long_side} px), {num_select} detections "
-        f"kept per {what}"
+        f"{len(index.records)} images{f' in {len(dataset)} tiles' if look.tile_size else ''}: {look}; short side "
+        f"{inference.short_side} px (long side at most {inference.long_side} px)",
+        soft_wrap=True,
     )
     progress = iter(track(range(len(index.records)), "detecting", console=console, disable=not console.is_terminal))
+    capped: list[int] = []
 
     def advance(_: int) -> None:
         next(progress, None)
@@ -90,13 +192,16 @@ def _detect(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str,
     detections = detect_dataset(
         model,
         dataset,
-        num_select=num_select,
-        merge_iou=inference.merge_iou,
+        num_select=look.num_select,
+        merge=look.merge,
+        merge_iou=look.merge_iou,
+        full_image=look.full_image,
         batch_size=options.batch_size,
         num_workers=min(2, _num_cores()),
         on_image=advance,
+        on_capped=capped.append,
     )
-    return index.to_coco(), detections
+    return index.to_coco(), detections, look, capped
 
 
 def _num_cores() -> int:

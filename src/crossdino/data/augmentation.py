@@ -77,7 +77,7 @@ def _resize(sample: Sample, config: DataConfig, generator: np.random.Generator) 
     """DINO's resize, or crop between two resizes."""
     if config.crop_short_sides and generator.random() < 0.5:
         sample = resize(sample, resize_hw(sample.hw, int(generator.choice(config.crop_short_sides))))
-        sample = random_crop(sample, config.crop_range, generator, config.tile_keep if config.tile_size else 0.0)
+        sample = random_crop(sample, config.crop_range, generator, config.tile_keep if config.tile_px else 0.0)
     return resize(sample, _train_hw(sample.hw, config, generator))
 
 

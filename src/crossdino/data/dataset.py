@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from crossdino.config import DataConfig
 from crossdino.data.augmentation import augment
+from crossdino.data.balance import RepeatFactors, repeat_factors
 from crossdino.data.images import ImageError, read_image
 from crossdino.data.index import DatasetIndex, ImageRecord
 from crossdino.data.transforms import Sample, crop, normalize, resize, resize_hw, to_tensor
@@ -31,12 +33,23 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+@dataclass(frozen=True)
+class WholeImage:
+    """An item of an evaluation on tiles that is none of them: the image of that position in the index as a whole."""
+
+    image: int
+
+
 class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     """Images, or the tiles of images, and targets of a `DatasetIndex`, prepared for training or for evaluation.
 
     An item is an image, or, where `data.tile_size` is set, a tile. For evaluation the items are all tiles of the first
-    image, then those of the second, and so on. An epoch of training takes every tile that holds an object, moved by up
-    to a quarter of its size so that seams fall elsewhere in each epoch, and a share of the tiles without any.
+    image, then those of the second, and so on; a whole image is there as `dataset[WholeImage(position)]`. An epoch of
+    training takes every tile that holds an object, moved by up to a quarter of its size so that seams fall elsewhere in
+    each epoch, and a share of the tiles without any; with `data.balance` it takes items of rare classes several times.
+
+    Attributes:
+        repeats: how often items are taken where `data.balance` is set; None: each once.
     """
 
     def __init__(
@@ -74,18 +87,29 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         self._last_read: tuple[int, Tensor] | None = None
         self._tiles: list[tuple[int, Tile]] = []
         self._tiles_of: list[range] = []
-        if data.tile_size:
-            counts: list[NDArray[np.int64]] = []
-            for number, record in enumerate(index.records):
-                start = len(self._tiles)
-                grid = tile_grid((record.height, record.width), data.tile_size, data.tile_overlap)
+        shown: list[NDArray[np.int64]] = []
+        for number, record in enumerate(index.records):
+            start = len(self._tiles)
+            if data.tile_px:
+                grid = tile_grid((record.height, record.width), data.tile_px, data.tile_overlap)
                 self._tiles += [(number, tile) for tile in grid]
-                self._tiles_of.append(range(start, len(self._tiles)))
-                counts.append(_num_centres(record, grid))
-            self._num_objects = np.concatenate(counts) if counts else np.zeros(0, dtype=np.int64)
-            self._full, self._empty = np.flatnonzero(self._num_objects), np.flatnonzero(self._num_objects == 0)
-            self._num_empty = min(len(self._empty), round(data.empty_tiles * max(len(self._full), 1)))
-            self._chosen: tuple[int, NDArray[np.int64]] | None = None
+                shown.append(_centres_in_tiles(record, grid) + np.array([start, 0]))
+            else:
+                objects = np.flatnonzero(~record.iscrowd)
+                shown.append(np.stack([np.full_like(objects, number), record.labels[objects]], 1))
+            self._tiles_of.append(range(start, len(self._tiles)))
+        items, labels = np.concatenate([np.zeros((0, 2), np.int64), *shown]).T
+        self._num_objects = np.bincount(items, minlength=len(self._tiles) if data.tile_px else len(index.records))
+        # What an epoch of training takes: every image, or every tile with an object.
+        self._full = np.flatnonzero(self._num_objects) if data.tile_px else np.arange(len(index.records))
+        self._empty = np.flatnonzero(self._num_objects == 0) if data.tile_px else np.zeros(0, np.int64)
+        self.repeats: RepeatFactors | None = None
+        if train and data.balance:
+            place = np.searchsorted(self._full, items)
+            self.repeats = repeat_factors(place, labels, len(self._full), len(index.class_names), data.balance)
+        self._num_full = self.repeats.length if self.repeats is not None else len(self._full)
+        self._num_empty = min(len(self._empty), round(data.empty_tiles * max(self._num_full, 1)))
+        self._chosen: tuple[int, NDArray[np.int64]] | None = None
 
     @property
     def epoch(self) -> int:
@@ -97,29 +121,34 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
-        """Number of items of an epoch: images, or tiles."""
-        if not self.data.tile_size:
-            return len(self.index.records)
-        return len(self._full) + self._num_empty if self.train else len(self._tiles)
+        """Number of items of an epoch: images, or tiles; the same in every epoch."""
+        if self.train:
+            return self._num_full + self._num_empty
+        return len(self._tiles) if self.data.tile_px else len(self.index.records)
 
     def items_of(self, image: int) -> range:
         """The items of the image of that position in the index (of an evaluation)."""
-        return self._tiles_of[image] if self.data.tile_size else range(image, image + 1)
+        return self._tiles_of[image] if self.data.tile_px else range(image, image + 1)
+
+    def objects_of(self, item: int | WholeImage) -> int:
+        """Number of objects of an item of an evaluation (of a tile: objects whose centre lies in it)."""
+        if isinstance(item, WholeImage):
+            return int((~self.index.records[item.image].iscrowd).sum())
+        return int(self._num_objects[item])
 
     def most_objects(self) -> int:
         """The largest number of objects of one item (of a tile: objects whose centre lies in it)."""
-        if self.data.tile_size:
-            return int(self._num_objects.max(initial=0))
-        return max((int((~record.iscrowd).sum()) for record in self.index.records), default=0)
+        return int(self._num_objects.max(initial=0))
 
-    def __getitem__(self, position: int) -> tuple[Tensor, Target]:
+    def __getitem__(self, position: int | WholeImage) -> tuple[Tensor, Target]:
         """The image or tile as (3, H, W) float32, normalised, and its target.
 
         Raises:
             ImageError: the file cannot be read, or is not the one that was indexed.
         """
-        generator = np.random.default_rng((self.seed, self.epoch, position))
-        number, tile, sample = self._read(position, generator if self.train and self.data.tile_size else None)
+        place = position.image if isinstance(position, WholeImage) else position
+        generator = np.random.default_rng((self.seed, self.epoch, place))
+        number, tile, sample = self._read(position, generator if self.train and self.data.tile_px else None)
         record = self.index.records[number]
         original_hw = (record.height, record.width) if tile is None else (tile.height, tile.width)
         if self.train:
@@ -135,20 +164,23 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             original_hw=original_hw,
             ignored_boxes_cxcywh=boxes[sample.ignored],
             ignored_labels=sample.labels[sample.ignored],
-            noise_seed=int(np.random.SeedSequence((self.seed, self.epoch, position, 1)).generate_state(1)[0]),
+            noise_seed=int(np.random.SeedSequence((self.seed, self.epoch, place, 1)).generate_state(1)[0]),
             origin_xy=(0, 0) if tile is None else (tile.left, tile.top),
         )
         return normalize(sample.image, self.mean, self.std), target
 
     def _draw_other(self, generator: np.random.Generator) -> Sample:
         """Another item, as it is in the file: what mosaic and copy-paste take from."""
-        return self._read(int(generator.integers(len(self))), generator if self.data.tile_size else None)[2]
+        return self._read(int(generator.integers(len(self))), generator if self.data.tile_px else None)[2]
 
-    def _read(self, position: int, jitter: np.random.Generator | None) -> tuple[int, Tile | None, Sample]:
+    def _read(self, position: int | WholeImage, jitter: np.random.Generator | None) -> tuple[int, Tile | None, Sample]:
         """The number of the record, its tile and the pixels and boxes of an item."""
-        if not self.data.tile_size:
-            return position, None, self._read_image(position)
-        number, tile = self._tiles[self._chosen_tiles()[position] if self.train else position]
+        if isinstance(position, WholeImage):
+            return position.image, None, self._read_image(position.image)
+        item = int(self._chosen_items()[position]) if self.train else position
+        if not self.data.tile_px:
+            return item, None, self._read_image(item)
+        number, tile = self._tiles[item]
         record = self.index.records[number]
         if jitter is not None:
             places = []
@@ -163,12 +195,13 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         missing = (0, tile.width - hw[1], 0, tile.height - hw[0])
         return number, tile, dataclasses.replace(sample, image=functional.pad(sample.image, missing))
 
-    def _chosen_tiles(self) -> NDArray[np.int64]:
-        """The tiles of the current epoch of training."""
+    def _chosen_items(self) -> NDArray[np.int64]:
+        """The items of the current epoch of training."""
         if self._chosen is None or self._chosen[0] != self.epoch:
             generator = np.random.default_rng((self.seed, self.epoch))
             empty = generator.choice(self._empty, self._num_empty, replace=False)
-            self._chosen = (self.epoch, np.concatenate([self._full, empty]))
+            full = self._full if self.repeats is None else self._full[self.repeats.draw(generator)]
+            self._chosen = (self.epoch, np.concatenate([full, empty]))
         return self._chosen[1]
 
     def _read_image(self, number: int) -> Sample:
@@ -191,12 +224,13 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         )
 
 
-def _num_centres(record: ImageRecord, tiles: Sequence[Tile]) -> NDArray[np.int64]:
-    """For each tile, the number of objects whose centre lies in it."""
-    boxes = record.boxes_xywh[~record.iscrowd]
+def _centres_in_tiles(record: ImageRecord, tiles: Sequence[Tile]) -> NDArray[np.int64]:
+    """(n, 2): a tile, and the class of an object whose centre lies in it; an object may be in several tiles."""
+    boxes, labels = record.boxes_xywh[~record.iscrowd], record.labels[~record.iscrowd]
     x, y = boxes[:, 0] + boxes[:, 2] / 2, boxes[:, 1] + boxes[:, 3] / 2
     top, left, height, width = np.array([dataclasses.astuple(tile) for tile in tiles]).T[:, :, None]
-    return ((x >= left) & (x < left + width) & (y >= top) & (y < top + height)).sum(1)
+    number, place = np.nonzero((x >= left) & (x < left + width) & (y >= top) & (y < top + height))
+    return np.stack([number, labels[place]], 1)
 
 
 def _normalized_cxcywh(sample: Sample) -> Tensor:
@@ -208,6 +242,11 @@ def _normalized_cxcywh(sample: Sample) -> Tensor:
 
 def _check_settings(data: DataConfig) -> None:
     """Raise InputError for settings with which no image can be prepared."""
+    if data.tile_size == "auto":
+        raise InputError(
+            "setting data.tile_size = auto must be decided by the objects of the training data first: use what "
+            "crossdino.data.tile_choice.with_tiles makes of it, or give the tiles' side in pixels"
+        )
     sides = (*data.train_short_sides, *data.crop_short_sides, *data.crop_range, data.train_long_side)
     low, high = data.crop_range
     rules = [
@@ -220,9 +259,10 @@ def _check_settings(data: DataConfig) -> None:
         ("copy_paste", data.copy_paste, 0 <= data.copy_paste <= 1, "must lie between 0 and 1"),
         ("copy_paste_max_px", data.copy_paste_max_px, data.copy_paste_max_px > 0, "must be above 0"),
         ("copy_paste_count", data.copy_paste_count, data.copy_paste_count >= 1, "must be 1 or more"),
-        ("tile_size", data.tile_size, data.tile_size >= 0, "must be 0 (whole images) or the tiles' side in pixels"),
+        ("tile_size", data.tile_size, data.tile_px >= 0, "must be 0 (whole images) or the tiles' side in pixels"),
         ("tile_keep", data.tile_keep, 0 <= data.tile_keep <= 1, "must lie between 0 and 1"),
         ("empty_tiles", data.empty_tiles, data.empty_tiles >= 0, "must not be negative"),
+        ("balance", data.balance, 0 <= data.balance <= 1, "must lie between 0 (each image once) and 1"),
         ("num_workers", data.num_workers, data.num_workers >= 0, "must not be negative"),
         ("*_sides, crop_range", sides, min(sides) >= 1, "must all be 1 pixel or more"),
         ("test_short_side", data.test_short_side, data.test_short_side >= 1, "must be 1 pixel or more"),
@@ -253,14 +293,18 @@ def collate(items: Sequence[tuple[Tensor, Target]]) -> Batch:
 
 
 def build_loader(
-    dataset: DetectionDataset, batch_size: int, *, order: Sequence[int] | None = None, num_workers: int | None = None
+    dataset: DetectionDataset,
+    batch_size: int,
+    *,
+    order: Sequence[int | WholeImage] | None = None,
+    num_workers: int | None = None,
 ) -> DataLoader[Any]:
     """A loader of padded batches. The last batch may be smaller.
 
     Args:
         dataset: the images.
         batch_size: images per batch.
-        order: positions of the images to load; None: all, as they are.
+        order: the items to load; None: all, as they are.
         num_workers: processes that load; None: the dataset's `data.num_workers`.
 
     Returns:

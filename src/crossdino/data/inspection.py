@@ -261,7 +261,7 @@ def training_scales(image_hw: Ints, data: DataConfig) -> tuple[Floats, Floats]:
     if data.crop_short_sides:
         # Resize, crop and resize again: the smaller the crop, the more it is enlarged.
         smallest, largest = data.crop_range
-        sides = np.minimum(np.full_like(image_hw, data.tile_size), image_hw) if data.tile_size else image_hw
+        sides = np.minimum(np.full_like(image_hw, data.tile_px), image_hw) if data.tile_px else image_hw
         short = np.maximum(sides.min(1), 1)
         first = (min(data.crop_short_sides) / short, max(data.crop_short_sides) / short)
         second = [
@@ -273,10 +273,8 @@ def training_scales(image_hw: Ints, data: DataConfig) -> tuple[Floats, Floats]:
 
 
 def _scales(image_hw: Ints, data: DataConfig, short_side: int, long_side: int) -> Floats:
-    if data.tile_size:  # tiles are squares of this side even where the image is smaller
-        return np.full(
-            len(image_hw), resize_hw((data.tile_size, data.tile_size), short_side, long_side)[0] / data.tile_size
-        )
+    if data.tile_px:  # tiles are squares of this side even where the image is smaller
+        return np.full(len(image_hw), resize_hw((data.tile_px, data.tile_px), short_side, long_side)[0] / data.tile_px)
     sizes, places = np.unique(image_hw, axis=0, return_inverse=True)
     resized = np.array([resize_hw((int(h), int(w)), short_side, long_side) for h, w in sizes]).reshape(-1, 2)
     return np.sqrt(resized.prod(1) / sizes.prod(1))[places.reshape(-1)]
@@ -401,8 +399,8 @@ def split_summary(split: SplitObjects, data: DataConfig) -> dict[str, Any]:
         summary[name] = quantiles(values)
     for name in ("size_px", "network_size_px"):
         summary[f"{name}_share_below"] = shares_below(sizes[name]) if len(split) else None
-    if data.tile_size:
-        per_tile = objects_per_tile(split, data.tile_size, data.tile_overlap, data.tile_keep)
+    if data.tile_px:
+        per_tile = objects_per_tile(split, data.tile_px, data.tile_overlap, data.tile_keep)
         summary["tiles"] = len(per_tile)
         summary["tiles_without_objects"] = int((per_tile == 0).sum())
         summary["objects_per_tile"] = _spread(per_tile)

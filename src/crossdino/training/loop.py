@@ -31,6 +31,7 @@ from crossdino.config import Config, to_dict
 from crossdino.data import DataError, DatasetIndex
 from crossdino.data.dataset import build_loader
 from crossdino.errors import InputError
+from crossdino.interrupts import stop_requests
 from crossdino.losses.criterion import Criterion
 from crossdino.progress import (
     EpochDisplay,
@@ -61,7 +62,6 @@ from crossdino.training.failures import (
     failure,
     is_finite,
     lost_process,
-    stop_requests,
 )
 from crossdino.training.run import Run, sum_over_processes
 from crossdino.training.schedule import epoch_order, learning_rate_factor
@@ -71,6 +71,7 @@ from crossdino.training.setup import (
     best_metric,
     build_model,
     check_settings,
+    decide_tiles,
     load_data,
     make_datasets,
     prepare_state,
@@ -179,11 +180,14 @@ def _train(
         train_index, val_index = _load_data(config, console, accelerator.is_main_process)
     config = with_classes(config, train_index)
     check_output(output, config, resume, overwrite)
+    config, line = decide_tiles(config, train_index, output if resume else None)
+    if line:
+        console.print(line, soft_wrap=True, markup=False)
     metric = None if val_index is None else best_metric(config, val_index)
 
     continues = resume and has_checkpoint(output)
     seed_everything(settings.seed)
-    model = build_model(config, init_weights, continues, console)
+    model = build_model(config, init_weights, continues, console, train_index)
     train_set, val_set = make_datasets(config, train_index, val_index, model)
     criterion = Criterion(config.loss)
     state = prepare_state(model, settings, accelerator)

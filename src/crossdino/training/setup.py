@@ -16,13 +16,14 @@ from rich.console import Console
 from torch.optim.swa_utils import AveragedModel
 
 from crossdino.checkpoints import start_from, written_whole
-from crossdino.config import Config, InferenceConfig, TrainingConfig
+from crossdino.config import Config, InferenceConfig, TrainingConfig, from_dict, read_yaml
 from crossdino.data import DatasetIndex, Problems, find_splits, load_coco, load_dataset
 from crossdino.data.dataset import DetectionDataset, build_loader
+from crossdino.data.tile_choice import auto_tiles, with_tiles
 from crossdino.errors import InputError
 from crossdino.evaluation.average_precision import evaluate_detections
 from crossdino.models.detector import CrossDINO
-from crossdino.run_folder import TrainingState
+from crossdino.run_folder import CONFIG_FILE, TrainingState
 from crossdino.tracking import check_trackers
 from crossdino.training.schedule import averaging, epoch_order, parameter_groups
 from crossdino.visualization import draw_batch
@@ -80,6 +81,8 @@ def check_settings(config: Config) -> None:
         )
     if not 0 < config.evaluation.merge_iou <= 1:
         raise InputError(f"evaluation.merge_iou is {config.evaluation.merge_iou}, it must be above 0 and at most 1")
+    if config.evaluation.merge not in (modes := ("seam", "nms", "soft")):
+        raise InputError(f"evaluation.merge is {config.evaluation.merge!r}: choose one of {', '.join(modes)}")
 
 
 def load_data(config: Config, console: Console) -> tuple[DatasetIndex, DatasetIndex | None]:
@@ -120,6 +123,27 @@ def with_classes(config: Config, train_index: DatasetIndex) -> Config:
     return dataclasses.replace(
         config, model=dataclasses.replace(config.model, class_names=tuple(train_index.class_names))
     )
+
+
+def decide_tiles(config: Config, train_index: DatasetIndex, stored: Path | None = None) -> tuple[Config, str]:
+    """The configuration with numbers for `data.tile_size: auto`, before anything else looks at them.
+
+    Args:
+        config: of the training.
+        train_index: its training data.
+        stored: the output folder of a training that is resumed: what was decided there stays.
+
+    Returns:
+        The configuration, and a line that tells the choice, empty where there was none to make.
+    """
+    if config.data.tile_size == "auto" and stored is not None and (stored / CONFIG_FILE).is_file():
+        before = from_dict(read_yaml(stored / CONFIG_FILE)).data
+        data = dataclasses.replace(config.data, tile_size=before.tile_size, tile_overlap=before.tile_overlap)
+        size = f"tiles of {before.tile_size} px" if before.tile_size else "whole images"
+        config, line = dataclasses.replace(config, data=data), f"data.tile_size auto: {size}, as before"
+        if before.tile_size != "auto":
+            return config, line
+    return with_tiles(config, train_index)
 
 
 def write_problems(path: Path, *indices: DatasetIndex | None) -> None:
@@ -167,7 +191,7 @@ def announce(
 ) -> None:
     """Tell what will be trained, and what cannot go well."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    tiles = f" ({len(train_set)} tiles an epoch)" if config.data.tile_size else ""
+    tiles = f" ({len(train_set)} tiles an epoch)" if config.data.tile_px else ""
     console.print(
         f"{config.name}: {trainable / 1e6:.1f}M trainable parameters, {len(train_set.index.records)} training "
         f"images{tiles}, {len(val_set.index.records) if val_set is not None else 0} validation images, "
@@ -175,6 +199,8 @@ def announce(
         f"{config.training.precision}",
         soft_wrap=True,
     )
+    if train_set.repeats is not None:
+        console.print(_balance_line(config, train_set), soft_wrap=True, markup=False)
     if metric is not None:
         console.print(f"best checkpoint by: {metric.replace('ap', 'AP', 1)}")
     if val_set is None:
@@ -183,31 +209,72 @@ def announce(
         console.print(f"warning: {train_set.index.annotations} has no object: the detector can only learn background")
     most, queries = train_set.most_objects(), config.model.num_queries
     if most > queries:
-        what = "a tile" if config.data.tile_size else "an image"
         console.print(
-            f"warning: up to {most} objects in {what}, but model.num_queries is {queries}: the rest can never be found "
-            f"there; set --model.num_queries {math.ceil(1.2 * most / 100) * 100}"
-            + ("" if config.data.tile_size else " or cut tiles (--data.tile_size)"),
+            f"warning: up to {most} objects in {'a tile' if tiles else 'an image'}, but model.num_queries is "
+            f"{queries}: the rest can never be found there; set --model.num_queries {math.ceil(1.2 * most / 100) * 100}"
+            + ("" if tiles else " or cut tiles (--data.tile_size)"),
+            soft_wrap=True,
+        )
+    too_large = _larger_than_tiles(config, train_set.index)
+    if too_large:
+        console.print(
+            f"warning: {too_large} of {train_set.index.num_objects} objects are too large for tiles of "
+            f"{config.data.tile_size} px: no tile shows data.tile_keep {config.data.tile_keep:g} of them, so they are "
+            "ignored; larger tiles (--data.tile_size) would show them",
             soft_wrap=True,
         )
 
 
-def build_model(config: Config, init_weights: str | Path | None, continues: bool, console: Console) -> CrossDINO:
-    """The model at its start, or at the given weights."""
+def _balance_line(config: Config, train_set: DetectionDataset) -> str:
+    """How much `data.balance` adds, and to which class most."""
+    repeats, what = train_set.repeats, "tiles with objects" if config.data.tile_px else "images"
+    assert repeats is not None
+    most = int(repeats.classes.argmax())
+    if repeats.classes[most] == 1:
+        return f"data.balance {config.data.balance:g}: every class is shown by enough {what}, none is taken twice"
+    repeated = int((repeats.classes > 1).sum())
+    return (
+        f"data.balance {config.data.balance:g}: an epoch takes {repeats.length} {what} instead of "
+        f"{len(repeats.factors)}; {repeated} of {len(repeats.classes)} classes come more than once, "
+        f"{config.model.class_names[most]!r} most often ({repeats.classes[most]:.1f} times)"
+    )
+
+
+def _larger_than_tiles(config: Config, index: DatasetIndex) -> int:
+    """Number of objects of which no tile can show enough."""
+    size = config.data.tile_px
+    if not size:
+        return 0
+    sides = [record.boxes_xywh[~record.iscrowd, 2:] for record in index.records]
+    shares = [np.minimum(1, size / wh).prod(1) for wh in sides]
+    return sum(int((share < config.data.tile_keep * (1 - 1e-6)).sum()) for share in shares)
+
+
+def build_model(
+    config: Config,
+    init_weights: str | Path | None,
+    continues: bool,
+    console: Console,
+    train_index: DatasetIndex | None = None,
+) -> CrossDINO:
+    """The model at its start, or at the given weights; it takes along how its images are to be looked at."""
     model_config = config.model
     if continues or init_weights is not None:  # the backbone's own weights would be replaced at once
         model_config = dataclasses.replace(model_config, backbone_weights=None)
     model = CrossDINO(model_config)
     model.config = config.model
+    auto_tile_size, auto_tile_overlap = (0, 0) if train_index is None else auto_tiles(train_index, config.data)
     model.inference = InferenceConfig(
         short_side=config.data.test_short_side,
         long_side=config.data.test_long_side,
         num_select=config.evaluation.num_select,
-        tile_size=config.data.tile_size,
+        tile_size=config.data.tile_px,
         tile_overlap=config.data.tile_overlap,
         merge=config.evaluation.merge,
         merge_iou=config.evaluation.merge_iou,
         full_image=config.evaluation.full_image,
+        auto_tile_size=auto_tile_size,
+        auto_tile_overlap=auto_tile_overlap,
     )
     model.checkpoint_activations = config.training.activation_checkpointing
     if init_weights is not None and not continues:
@@ -268,7 +335,7 @@ def show_batch(config: Config, count: int = 1) -> Path:
         raise InputError(f"the number of batches to show is {count}: give 1 or more")
     check_settings(config)
     train_index, _ = load_data(config, Console(quiet=True))
-    config = with_classes(config, train_index)
+    config, _ = decide_tiles(with_classes(config, train_index), train_index)
     model = CrossDINO(dataclasses.replace(config.model, backbone_weights=None))
     train_set, _ = make_datasets(config, train_index, None, model)
     size = config.training.batch_size

@@ -56,8 +56,8 @@ def _network_sizes(axes: Axes, inspection: Inspection, config: Config) -> None:
     axes.text(2 * stride, 1.0, " 2 tokens", transform=top, va="top", ha="right", rotation=90, fontsize=8)
     data = config.data
     shown = (
-        f"tiles of {data.tile_size} px shown at {data.test_short_side} px"
-        if data.tile_size
+        f"tiles of {data.tile_px} px shown at {data.test_short_side} px"
+        if data.tile_px
         else f"short side {data.test_short_side} px, long side at most {data.test_long_side} px"
     )
     axes.set_title(f"object sizes at the network's input\n({shown})", fontsize=10)
@@ -115,10 +115,10 @@ def _size_histogram(
 
 def _crowding(axes: Axes, inspection: Inspection, config: Config) -> None:
     data = config.data
-    what = "tile" if data.tile_size else "image"
+    what = "tile" if data.tile_px else "image"
     counts = {
-        key: objects_per_tile(split, data.tile_size, data.tile_overlap, data.tile_keep)
-        if data.tile_size
+        key: objects_per_tile(split, data.tile_px, data.tile_overlap, data.tile_keep)
+        if data.tile_px
         else split.per_image
         for key, split in inspection.splits.items()
     }
@@ -201,8 +201,8 @@ def _image_sizes(axes: Axes, inspection: Inspection, config: Config) -> None:
         lines += [f"{key}: {counts[place]:,} of {sizes[place, 1]} x {sizes[place, 0]}" for place in common]
         lines += [f"{key}: {len(sizes) - _MOST_SIZES} more sizes"] if len(sizes) > _MOST_SIZES else []
         largest = max(largest, int(sizes.max()))
-    if config.data.tile_size:
-        side = config.data.tile_size
+    if config.data.tile_px:
+        side = config.data.tile_px
         axes.add_patch(Rectangle((0, 0), side, side, fill=False, linestyle="--", color="black"))
         axes.text(side, side, f" tile {side} px", fontsize=8, va="bottom")
         largest = max(largest, side)
