@@ -1,7 +1,10 @@
-"""How much memory and time it takes to read all tiles of a very large image: `python benchmarks/large_images.py`.
+"""How much memory and time very large images take: `python benchmarks/large_images.py [--predict]`.
 
 For every format a synthetic image is written into a temporary folder, read tile by tile (row by row, as prediction
-does) in a fresh process, and shrunk as a whole. Peak memory is the process's largest resident set.
+does) in a fresh process, and shrunk as a whole. With `--predict` it is instead given to a whole prediction run - tiles,
+a small model with random weights, merging, journal, COCO, GeoJSON and a picture - and to a second run on an image of a
+quarter of its side, whose memory shows what does not depend on the size. Peak memory is the process's largest resident
+set.
 """
 
 from __future__ import annotations
@@ -29,10 +32,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--side", type=int, default=SIDE_PX, help="height and width of the image in pixels")
     parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS), help="what is measured")
+    parser.add_argument("--predict", action="store_true", help="run a whole prediction instead of reading only")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
-        print(json.dumps(read_all(options.child)))
+        print(json.dumps((predict_all if options.predict else read_all)(options.child)))
+        return
+    if options.predict:
+        measure_prediction(options.formats, options.side)
         return
 
     from rich.console import Console
@@ -74,6 +81,62 @@ def read_all(path: str) -> dict[str, float]:
         picture.read_reduced((REDUCED_PX, REDUCED_PX))
         found |= {"seconds_reduced": time.perf_counter() - start, "peak_reduced": peak_mb()}
     return found
+
+
+def measure_prediction(formats: list[str], side: int) -> None:
+    """Run predictions on a large and on a smaller image of each format and print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"prediction in tiles of {TILE_PX} px")
+    table.add_column("format", no_wrap=True)
+    for column in ("side, px", "tiles", "objects", "start, MB", "peak, MB", "s"):
+        table.add_column(column, justify="right")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in formats:
+            for length in (side // 4, side):
+                path = FORMATS[name](Path(folder), length)
+                command = [sys.executable, __file__, "--predict", "--child", str(path)]
+                found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                print(name, length, found, file=sys.stderr, flush=True)
+                table.add_row(
+                    *(name, f"{length}", f"{found['tiles']}", f"{found['objects']}"),
+                    *(f"{found['start']:.0f}", f"{found['peak']:.0f}", f"{found['seconds']:.0f}"),
+                )
+                path.unlink()
+    Console().print(table)
+
+
+def predict_all(path: str) -> dict[str, float]:
+    """A whole run on one image with a small random model, to which a tile is shown in 64 px; megabytes and seconds."""
+    import torch
+
+    from crossdino import CrossDINO
+    from crossdino.config import InferenceConfig, ModelConfig
+    from crossdino.prediction_job import predict_sources
+    from crossdino.prediction_work import WorkSettings
+    from crossdino.sources import ReadOptions, find_sources
+
+    torch.manual_seed(0)
+    sizes = {"hidden_dim": 32, "num_heads": 2, "feedforward_dim": 32, "num_encoder_layers": 1, "num_decoder_layers": 1}
+    model = CrossDINO(
+        ModelConfig(backbone="tf_efficientnet_lite0", num_queries=20, fusion="none", num_feature_levels=3, **sizes)
+    )
+    model.inference = InferenceConfig(64, 64, num_select=20, tile_size=TILE_PX, tile_overlap=OVERLAP_PX)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/model")
+        settings = WorkSettings(f"{folder}/model", {"batch_size": 8}, ReadOptions(), Path(folder, "out"))
+        found = {"start": peak_mb()}
+        start = time.perf_counter()
+        tiles = []
+        summary = predict_sources(
+            find_sources([path])[0],
+            settings,
+            formats=("coco", "geojson"),
+            on_progress=lambda name, done, total: tiles.append(total),
+        )
+    found |= {"seconds": time.perf_counter() - start, "peak": peak_mb()}
+    return found | {"tiles": max(tiles, default=0), "objects": summary.num_objects}
 
 
 def peak_mb() -> float:

@@ -1,0 +1,38 @@
+"""What becomes of detections: the journal of a run, the files made of it, annotated pictures and videos."""
+
+from __future__ import annotations
+
+from crossdino.results.drawing import draw_picture, write_picture
+from crossdino.results.journal import FileStamp, Journal, JournalHeader, file_stamp
+from crossdino.results.journal_index import JournalIndex, find_journals, journal_path
+from crossdino.results.output_names import output_stems, refuse_overwriting
+from crossdino.results.outputs import FORMATS, check_formats, growing_outputs, open_outputs, write_outputs
+from crossdino.results.parquet_files import object_schema, object_table, picture_schema
+from crossdino.results.picture_result import PictureResult
+from crossdino.results.tile_store import TileStore
+from crossdino.results.video import annotated_video
+
+__all__ = [
+    "FORMATS",
+    "FileStamp",
+    "Journal",
+    "JournalHeader",
+    "JournalIndex",
+    "PictureResult",
+    "TileStore",
+    "annotated_video",
+    "check_formats",
+    "draw_picture",
+    "file_stamp",
+    "find_journals",
+    "growing_outputs",
+    "journal_path",
+    "object_schema",
+    "object_table",
+    "open_outputs",
+    "output_stems",
+    "picture_schema",
+    "refuse_overwriting",
+    "write_outputs",
+    "write_picture",
+]
