@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from PIL import Image
 
 from crossdino import training
 from crossdino.checkpoints import save_model
-from crossdino.cli import main, picture_names, split_settings
+from crossdino.cli import main, split_settings
 from crossdino.config import Config, from_dict, read_yaml, to_dict, with_changes, write_yaml
 from crossdino.errors import InputError
 from crossdino.models.detector import CrossDINO
@@ -122,6 +125,24 @@ def mistakes(data: Path, weights: Path) -> list[tuple[list[Any], str]]:
         ([*predict, data / "val" / "1.png", "--threshold", "2"], "threshold is 2"),
         ([*predict, data / "val" / "1.png", "--json", "../x.json"], "must be a plain file name"),
         ([*predict, data / "val" / "1.png", "--device", "warp"], "cannot use --device warp"),
+        ([*predict, data / "val" / "1.png", "--devices", "cpu,warp"], "cannot use --device warp"),
+        ([*predict, data / "val" / "1.png", "--devices", "cpu,"], "--devices cpu,: leave no name empty"),
+        ([*predict, data / "val" / "1.png", "--devices", "cpu", "--processes", "2"], "leave out --device and"),
+        ([*predict, data / "val" / "1.png", "--processes", "0"], "--processes: 0 must be at least 1"),
+        ([*predict, data / "val" / "1.png", "--workers", "2"], "--workers goes with --ray"),
+        ([*predict, data / "val" / "1.png", "--threshold", "high"], "--threshold high is no number"),
+        ([*predict, data / "val" / "1.png", "--threshold", "auto"], "the model has no calibration"),
+        ([*predict, data / "val" / "1.png", "--format", "xml"], "unknown format 'xml'"),
+        ([*predict, data / "val" / "1.png", "--bands", "1,x"], "--bands 1,x: give numbers"),
+        ([*predict, data / "val" / "1.png", "--bands", "1,2"], "give one band (grey) or three"),
+        ([*predict, data / "val" / "1.png", "--value-range", "5,2"], "give the value of black and a larger one"),
+        ([*predict, data / "val" / "1.png", "--every-frame", "0"], "--every-frame: 0 must be at least 1"),
+        ([*predict, data / "val" / "1.png", "--max-frames", "0"], "--max-frames: 0 must be at least 1"),
+        ([*predict, data / "val" / "1.png", "--tile-overlap", "9"], "not cut into tiles: give a tile_size"),
+        ([*predict, data / "val" / "1.png", "--tile-size", "auto"], "does not know how large its objects were"),
+        ([*predict, data / "val" / "1.png", "--output", data / "val.json"], "val.json is a file; name a folder"),
+        ([*predict, "https://example.com/a.jpg"], "is a URL"),
+        ([*predict[:2], "nowhere", *predict[3:], data / "val" / "1.png"], "no model folder nowhere"),
         (["convert-weights", "dino.pth", "--output", "OUT", "--fusion", "cctn"], "--fusion: invalid choice: 'cctn'"),
         (["info", "compcat"], "unknown recipe 'compcat'"),
         (["recipes", "--show", "compcat"], "unknown recipe 'compcat'; did you mean 'compact'?"),
@@ -317,6 +338,13 @@ def test_evaluate_a_file(tiny_data: Path, tmp_path: Path, capsys: pytest.Capture
     assert "100.0" in capsys.readouterr().out
 
 
+def measured(path: Path) -> dict[str, Any]:
+    """The numbers of an evaluation; of its settings those that do not tell how a model looked at the images."""
+    result = json.loads(path.read_text())
+    common = {name: result["settings"][name] for name in ("max_detections", "size_bands", "iou_thresholds")}
+    return {**result, "settings": common}
+
+
 def test_evaluate_takes_any_data_set(
     tiny_data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -328,11 +356,11 @@ def test_evaluate_takes_any_data_set(
     for name, truth in (("file", tiny_data / "val.json"), ("folder", tiny_data), ("yaml", tmp_path / "data.yaml")):
         words = ["evaluate", "--ground-truth", truth, "--json", tmp_path / "out.json"]
         assert run(*words, "--weights", weights, "--predictions-out", tmp_path / "dets.json") == 0
-        found[name] = json.loads((tmp_path / "out.json").read_text())
+        found[name] = measured(tmp_path / "out.json")
         assert run(*words, "--predictions", tmp_path / "dets.json") == 0
-        assert json.loads((tmp_path / "out.json").read_text()) == found[name]
+        assert measured(tmp_path / "out.json") == found[name]
     assert found["file"] == found["folder"] == found["yaml"]
-    assert "2 images, short side 64 px" in capsys.readouterr().out
+    assert "2 images: whole images, 5 detections kept per image; short side 64 px" in capsys.readouterr().out
     words = ["evaluate", "--ground-truth", tiny_data, "--weights", weights, "--split", "train"]
     assert run(*words, "--tile-size", 32, "--tile-overlap", 8) == 0
     assert "4 images in 36 tiles of 32 px" in capsys.readouterr().out
@@ -402,7 +430,7 @@ def test_evaluate_a_model_gives_the_numbers_of_its_file(tiny_data: Path, weights
     assert len(detections) == 2 * 9
     assert {entry["category_id"] for entry in detections} <= {3, 7}
     assert run(*words, "--predictions", tmp_path / "dets.json", "--json", tmp_path / "b.json") == 0
-    assert json.loads((tmp_path / "a.json").read_text()) == json.loads((tmp_path / "b.json").read_text())
+    assert measured(tmp_path / "a.json") == measured(tmp_path / "b.json")
 
 
 def test_predict(weights: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -426,7 +454,8 @@ def test_predict(weights: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.
     assert names == ["1.jpg", "1.png", "other.PNG", "1.png", "2.png"]
     pictures = [image["picture"] for image in result["images"]]
     assert len(set(pictures)) == 5
-    assert {path.name for path in out.iterdir()} == {*pictures, "found.json"}
+    assert {path.name for path in out.iterdir()} == {*pictures, "found.json", "predictions.jsonl"}
+    assert "broken.jpg" in output.out and "(left out)" in output.out  # told when it is met, and again at the end
     for image in result["images"]:
         with Image.open(out / image["picture"]) as picture:
             assert picture.width == image["width"]
@@ -462,11 +491,120 @@ def test_predict_writes_nothing_when_no_image_is_good(
     assert not (tmp_path / "out").exists()
 
 
-def test_picture_names() -> None:
-    paths = [Path(name) for name in ("a/x.jpg", "b/X.png", "c/x_2.jpg", "x.tif", "y.jpg")]
-    names = picture_names(paths)
-    assert names[0] == "x.jpg" and names[-1] == "y.jpg"
-    assert len({name.lower() for name in names}) == 5
+def test_predict_formats_warnings_and_going_on(
+    weights: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["predict", "--weights", weights, "--output", tmp_path / "out", tiny_data / "train"]
+    words += ["--format", "csv,parquet,yolo", "--no-pictures", "--batch-size", 3]
+    assert run(*words, "--threshold", "0.0001", "--tile-size", 40, "--tile-overlap", 8) == 0
+    output = capsys.readouterr().out
+    assert output.count(" objects\n") == 4 and "with a score of at least 0.0001 in 4 pictures" in output
+    assert "warning: all places for detections are filled" in output and " and 1 more: " in output
+    expected = {f"predictions{name}" for name in (".jsonl", ".csv", "_images.csv", ".parquet", "_images.parquet")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*expected, "labels"}
+    assert run(*words, "--threshold", "0.0001", "--tile-size", 40, "--tile-overlap", 8) == 0
+    output = capsys.readouterr().out
+    assert "4 of 4 done before (--overwrite begins anew)" in output and "warning: " not in output
+    assert run(*words, "--threshold", "0.5") == 2
+    error = capsys.readouterr().err
+    assert "threshold 0.0001 -> 0.5, tile_size 40 -> 0" in error and error.count("\n") == 1
+    assert run(*words, "--threshold", "0.0001", "--no-pictures", "--overwrite", "--format", "none") == 0
+    assert "predictions.jsonl" in capsys.readouterr().out.splitlines()[-1]
+
+
+def predict_in_a_process(words: Sequence[Any]) -> subprocess.Popen[str]:
+    """The command in a process group of its own, as a shell starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "crossdino.cli", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_lines(process: subprocess.Popen[str], journal: Path, count: int) -> None:
+    while not journal.is_file() or journal.read_bytes().count(b"\n") <= count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def num_alive(group: int) -> int:
+    """The processes of a group that still run (ended ones whose parent has not asked for them do not)."""
+    states = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+            states += [state] if int(its_group) == group else []
+    return sum(state not in "ZX" for state in states)
+
+
+def test_predict_goes_on_after_ctrl_c_and_kill(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ended by Ctrl-C with two processes, killed within a large picture; in the end as if nothing had been."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    for number in range(40):
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "in" / f"{number:02}.png")
+    large = tmp_path / "z.png"
+    Image.fromarray(rng.integers(0, 255, (1600, 1600, 3), dtype=np.uint8)).save(large)
+    words = ["predict", "--weights", weights, tmp_path / "in", large, "--threshold", "0.01", "--tile-size", 64]
+    words += ["--tile-overlap", 0, "--device", "cpu", "--output"]
+    journal = tmp_path / "out" / "predictions.jsonl"
+
+    process = predict_in_a_process([*words, tmp_path / "out", "--processes", 2])
+    wait_for_lines(process, journal, 8)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err == "crossdino: stopping after what is at work; once more to end at once\n"
+    assert "the same command goes on where it was" in out
+    found = len(json.loads((tmp_path / "out" / "predictions.json").read_text())["images"])
+    assert 8 <= found < 41
+    # Python's own watcher of shared things ends itself when it sees that we have.
+    for _ in range(200):
+        if not num_alive(process.pid):
+            break
+        time.sleep(0.05)
+    assert num_alive(process.pid) == 0
+
+    process = predict_in_a_process([*words, tmp_path / "out"])
+    while not any(path.stat().st_size > 2000 for path in (tmp_path / "out").glob("unfinished/*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.kill()
+    assert f"{found} of 41 done before" in process.communicate()[0]
+
+    forward, num_seen = CrossDINO.forward, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CrossDINO, "forward", lambda *given: (num_seen.append(1), forward(*given))[1])
+        assert run(*words, tmp_path / "out") == 0
+    assert "40 of 41 done before" in capsys.readouterr().out
+    assert 0 < len(num_seen) < 625
+    assert run(*words, tmp_path / "whole") == 0
+    for name in ("predictions.json", "z.jpg", "07.jpg"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
+    from crossdino.interrupts import stop_requests
+
+    before = signal.getsignal(number)
+    with stop_requests("a notice") as stop:
+        assert not stop.is_set()
+        os.kill(os.getpid(), number)
+        assert stop.wait(1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+    assert signal.getsignal(number) is before
+    assert capfd.readouterr().err == "a notice\n"
 
 
 def test_info_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from crossdino import checkpoints
 from crossdino.checkpoints import load_model
-from crossdino.cli.evaluate import add_tile_options, how_to_look, run_evaluate
+from crossdino.cli.evaluate import how_to_look, run_evaluate
+from crossdino.cli.values import add_tile_options
 from crossdino.config import Config, DataConfig, InferenceConfig, ModelConfig, from_dict, read_yaml, with_changes
 from crossdino.data import DetectionDataset, load_coco
 from crossdino.errors import InputError
@@ -197,9 +198,11 @@ def test_options_go_before_the_models_own_settings() -> None:
     auto = look("--tile-size", "auto", "--tile-overlap", "0", "--no-full-image")
     assert (auto.tile_size, auto.tile_overlap) == (333, 0)
     assert look("--tile-size", "0").tile_size == 0
+    smaller = look("--tile-size", "88")  # cannot overlap by 99 px
+    assert (smaller.tile_size, smaller.tile_overlap) == (88, 22)
     with pytest.raises(InputError, match="cannot overlap by 99 px"):
-        look("--tile-size", "90")
-    with pytest.raises(InputError, match="old does not tell which tiles suit it.*give --tile-size in pixels"):
+        look("--tile-size", "90", "--tile-overlap", "99")
+    with pytest.raises(InputError, match="tile_size is auto, but the model does not know.*give the tiles' side"):
         how_to_look(options("--weights", "old", "--tile-size", "auto"), InferenceConfig())
     for words in (["--tile-size", "big"], ["--merge", "best"], ["--merge-iou", "0"], ["--tile-overlap", "-1"]):
         with pytest.raises(SystemExit):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,8 +30,9 @@ def stop_requests(notice: str = "") -> Iterator[threading.Event]:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        if notice and sys.stderr is not None:
-            os.write(2, f"{notice}\n".encode())  # not through sys.stderr, which may be at work just now
+        if notice:
+            # Not through sys.stderr, which may be at work just now; on a terminal below ^C or a progress bar.
+            os.write(2, f"{os.linesep if os.isatty(2) else ''}{notice}{os.linesep}".encode())
 
     for number in before:
         signal.signal(number, request)

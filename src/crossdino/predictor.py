@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from crossdino.merging import merge_detections
 from crossdino.postprocessing import Found, select_detections
 from crossdino.sources import Ahead, FailedPicture, ImageInput, Picture, Source, as_picture, find_sources, open_all
 from crossdino.structures import DetectorOutput, Target
-from crossdino.tiling import Tile, tile_grid, tile_starts
+from crossdino.tiling import Tile, choose_tiles, tile_grid
 
 if TYPE_CHECKING:
     from crossdino.models.detector import CrossDINO
@@ -252,7 +252,7 @@ class Predictor:
         *,
         on_error: Literal["raise", "yield"] = "raise",
         memory: TileMemory | None = None,
-    ) -> Iterator[Prediction]:
+    ) -> Generator[Prediction, None, None]:
         """Detect in a stream of images, in their order; memory does not grow with its length.
 
         Args:
@@ -436,44 +436,6 @@ class Predictor:
     def _as_detections(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> sv.Detections:
         names = {"class_name": self.class_names[labels.numpy()]}
         return sv.Detections(boxes.numpy(), confidence=scores.numpy(), class_id=labels.numpy(), data=names)
-
-
-def choose_tiles(
-    inference: InferenceConfig, tile_size: int | Literal["auto"] | None = None, tile_overlap: int | None = None
-) -> tuple[int, int]:
-    """The tiles to use, from what is asked for and what the model was made for.
-
-    Args:
-        inference: the model's own settings.
-        tile_size: side in pixels, 0 for whole images, `auto` for the size at which objects are as large as they were
-            in training, None for the model's own.
-        tile_overlap: least overlap of neighbours in pixels; None: what goes with the size.
-
-    Returns:
-        Side and overlap in pixels; side 0 for whole images.
-
-    Raises:
-        InputError: no such tiles, or the model does not know what `auto` is.
-    """
-    size, overlap = inference.tile_size, inference.tile_overlap
-    if tile_size == "auto":
-        size, overlap = inference.auto_tile_size, inference.auto_tile_overlap
-        if not size:
-            raise InputError(
-                "tile_size is auto, but the model does not know how large its objects were in training (it was made "
-                "by an older crossdino, or elsewhere): give the tiles' side in pixels"
-            )
-    elif tile_size is not None:
-        if not isinstance(tile_size, int) or tile_size < 0:
-            raise InputError(f"tile_size is {tile_size!r}: give the tiles' side in pixels, 0 for whole images, or auto")
-        size, overlap = tile_size, overlap if tile_size == size else min(overlap, tile_size // 4)
-    if tile_overlap is not None:
-        if not size:
-            raise InputError(f"tile_overlap is {tile_overlap}, but images are not cut into tiles: give a tile_size")
-        overlap = tile_overlap
-    if size:
-        tile_starts(1, size, overlap)  # refuses an impossible overlap
-    return size, overlap
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
+from crossdino.config import InferenceConfig
 from crossdino.errors import InputError
 
 
@@ -64,3 +66,41 @@ def tile_grid(hw: tuple[int, int], size: int, overlap: int) -> list[Tile]:
     """
     rows, columns = (tile_starts(length, size, overlap) for length in hw)
     return [Tile(top, left, size, size) for top in rows for left in columns]
+
+
+def choose_tiles(
+    inference: InferenceConfig, tile_size: int | Literal["auto"] | None = None, tile_overlap: int | None = None
+) -> tuple[int, int]:
+    """The tiles to use, from what is asked for and what the model was made for.
+
+    Args:
+        inference: the model's own settings.
+        tile_size: side in pixels, 0 for whole images, `auto` for the size at which objects are as large as they were
+            in training, None for the model's own.
+        tile_overlap: least overlap of neighbours in pixels; None: what goes with the size.
+
+    Returns:
+        Side and overlap in pixels; side 0 for whole images.
+
+    Raises:
+        InputError: no such tiles, or the model does not know what `auto` is.
+    """
+    size, overlap = inference.tile_size, inference.tile_overlap
+    if tile_size == "auto":
+        size, overlap = inference.auto_tile_size, inference.auto_tile_overlap
+        if not size:
+            raise InputError(
+                "tile_size is auto, but the model does not know how large its objects were in training (it was made "
+                "by an older crossdino, or elsewhere): give the tiles' side in pixels"
+            )
+    elif tile_size is not None:
+        if not isinstance(tile_size, int) or tile_size < 0:
+            raise InputError(f"tile_size is {tile_size!r}: give the tiles' side in pixels, 0 for whole images, or auto")
+        size, overlap = tile_size, overlap if tile_size == size else min(overlap, tile_size // 4)
+    if tile_overlap is not None:
+        if not size:
+            raise InputError(f"tile_overlap is {tile_overlap}, but images are not cut into tiles: give a tile_size")
+        overlap = tile_overlap
+    if size:
+        tile_starts(1, size, overlap)  # refuses an impossible overlap
+    return size, overlap

@@ -1,4 +1,4 @@
-"""The command line: `crossdino inspect | train | evaluate | predict | convert-weights | info | recipes`.
+"""The command line: `crossdino inspect | tile | train | evaluate | calibrate | predict | ...`.
 
 `parser` holds the options of all verbs; what they do is in a file for each group of verbs. The rooms that import torch
 are opened inside the commands, so that `--help` and mistakes answer at once. A mistake of the user is one line on
@@ -13,12 +13,11 @@ from collections.abc import Sequence
 
 from crossdino.cli.output import report_mistake
 from crossdino.cli.parser import WITH_SETTINGS, build_parser, split_settings
-from crossdino.cli.predict import expand_images, picture_names
 from crossdino.cli.train import resolve_config
 from crossdino.config import close_matches, option_names
 from crossdino.errors import InputError
 
-__all__ = ["entry_point", "expand_images", "main", "picture_names", "resolve_config", "split_settings"]
+__all__ = ["entry_point", "main", "resolve_config", "split_settings"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
 import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crossdino.cli.evaluate import add_tile_options
 from crossdino.cli.output import choose_device, make_console, write_json, write_text
+from crossdino.cli.values import add_tile_options, number, positive
 from crossdino.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,16 +41,16 @@ def add_calibrate_options(parser: argparse.ArgumentParser) -> None:
     add("--predictions", metavar="JSON", help="COCO results of this model with all their scores, instead of running it")
     add("--predictions-out", metavar="JSON", help="write the model's detections, with raw scores")
     add("--objective", default="f1", help="what thresholds are best for: f1, precision=P or recall=R (f1)")
-    add("--iou", type=_number, default=0.5, help="from which overlap with an object a detection is right (0.5)")
+    add("--iou", type=number, default=0.5, help="from which overlap with an object a detection is right (0.5)")
     add("--size-bands", metavar="NAME=LOW-HIGH,...", help="bands of sqrt(area) in pixels (those of COCO)")
-    add("--min-score", type=_number, default=0.05, help="raw score from which the calibration error is taken (0.05)")
+    add("--min-score", type=number, default=0.05, help="raw score from which the calibration error is taken (0.05)")
     add("--output", metavar="DIR", help=f"folder for {PICTURE_FILE} and a copy of calibration.json")
     add("--json", metavar="JSON", help="write all numbers")
-    add("--num-select", type=_positive, help="detections kept per image or tile (the model's own setting)")
-    add("--short-side", type=_positive, help="resize to this short side in pixels (the model's own)")
-    add("--long-side", type=_positive, help="limit of the long side in pixels (the model's own)")
+    add("--num-select", type=positive, help="detections kept per image or tile (the model's own setting)")
+    add("--short-side", type=positive, help="resize to this short side in pixels (the model's own)")
+    add("--long-side", type=positive, help="limit of the long side in pixels (the model's own)")
     add_tile_options(parser)
-    add("--batch-size", type=_positive, default=1, help="images or tiles per forward pass (1)")
+    add("--batch-size", type=positive, default=1, help="images or tiles per forward pass (1)")
     add("--device", help="cpu, cuda, ... (a GPU where there is one)")
 
 
@@ -218,7 +217,7 @@ def _read_data(options: argparse.Namespace, class_names: tuple[str, ...] | None)
 
 def _inference(options: argparse.Namespace, model: CrossDINO) -> InferenceConfig:
     """The model's settings with those of the command line in their places."""
-    from crossdino.predictor import choose_tiles
+    from crossdino.tiling import choose_tiles
 
     tile_size, tile_overlap = choose_tiles(model.inference, options.tile_size, options.tile_overlap)
     names = ("num_select", "short_side", "long_side", "merge", "merge_iou", "full_image")
@@ -266,19 +265,3 @@ def _detect(
         num_workers=min(2, cores),
         on_image=advance,
     )
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} must be a number")
-    return value
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
-    return int(text)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from crossdino.cli.output import choose_device, make_console, write_json, write_text
+from crossdino.cli.output import choose_device, make_console, num_cores, write_json, write_text
 from crossdino.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,52 +15,6 @@ if TYPE_CHECKING:
 
     from crossdino.config import InferenceConfig
     from crossdino.evaluation.caps import Look
-
-
-def add_tile_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `crossdino evaluate` that say how images are cut and put together; None: the model's own."""
-    parser.add_argument(
-        "--tile-size",
-        type=tile_size,
-        metavar="PX",
-        help="cut images into tiles of this side; 0: whole images; auto: objects as large as in training (the model's)",
-    )
-    parser.add_argument(
-        "--tile-overlap", type=pixels, metavar="PX", help="of neighbouring tiles in pixels (the model's own)"
-    )
-    parser.add_argument(
-        "--merge", choices=("seam", "nms", "soft"), help="how the tiles' detections are put together (the model's own)"
-    )
-    parser.add_argument(
-        "--merge-iou", type=_iou, metavar="IOU", help="overlap from which two detections are one (the model's own)"
-    )
-    parser.add_argument(
-        "--full-image",
-        action=argparse.BooleanOptionalAction,
-        help="besides its tiles look at the whole image, for objects that no tile holds (the model's own)",
-    )
-
-
-def tile_size(text: str) -> int | Literal["auto"]:
-    """The value of `--tile-size`."""
-    return "auto" if text == "auto" else pixels(text, "a number of pixels or auto")
-
-
-def pixels(text: str, wanted: str = "a number of pixels") -> int:
-    """The value of `--tile-overlap`."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} must be {wanted}")
-    return int(text)
-
-
-def _iou(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} must be a number above 0 and at most 1")
-    return value
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
@@ -123,23 +76,13 @@ def how_to_look(options: argparse.Namespace, inference: InferenceConfig) -> Look
         InputError: the model does not know which tiles suit it.
     """
     from crossdino.evaluation.caps import Look
-    from crossdino.tiling import tile_starts
+    from crossdino.tiling import choose_tiles
 
     def chosen(name: str) -> Any:
         value = getattr(options, name)
         return getattr(inference, name) if value is None else value
 
-    size, overlap = chosen("tile_size"), chosen("tile_overlap")
-    if size == "auto":
-        size = inference.auto_tile_size
-        if not size:
-            raise InputError(
-                f"{options.weights} does not tell which tiles suit it (it was made without training data at hand, or "
-                "before crossdino kept that): give --tile-size in pixels"
-            )
-        overlap = inference.auto_tile_overlap if options.tile_overlap is None else overlap
-    if size:
-        tile_starts(1, size, overlap)  # refuses an impossible overlap
+    size, overlap = choose_tiles(inference, options.tile_size, options.tile_overlap)
     rest = {name: chosen(name) for name in ("merge", "merge_iou", "full_image", "num_select")}
     return Look(tile_size=size, tile_overlap=overlap, max_detections=options.max_detections, **rest)
 
@@ -197,13 +140,8 @@ def _detect(
         merge_iou=look.merge_iou,
         full_image=look.full_image,
         batch_size=options.batch_size,
-        num_workers=min(2, _num_cores()),
+        num_workers=min(2, num_cores()),
         on_image=advance,
         on_capped=capped.append,
     )
     return index.to_coco(), detections, look, capped
-
-
-def _num_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

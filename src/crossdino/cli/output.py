@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,3 +54,8 @@ def choose_device(name: str | None) -> str:
     except (RuntimeError, AssertionError) as error:  # torch raises AssertionError where it was built without the device
         raise InputError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from None
     return name
+
+
+def num_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

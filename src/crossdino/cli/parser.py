@@ -7,20 +7,23 @@ argparse knows the verbs and their few options; every setting of the configurati
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from crossdino.cli.calibrate import add_calibrate_options, run_calibrate
 from crossdino.cli.evaluate import run_evaluate
 from crossdino.cli.inspect import run_inspect
 from crossdino.cli.models import run_convert_weights, run_info, run_recipes
-from crossdino.cli.predict import run_predict
+from crossdino.cli.predict import add_predict_options, run_predict
+from crossdino.cli.tile import add_options as add_cut_options
+from crossdino.cli.tile import run_tile
 from crossdino.cli.train import run_train
+from crossdino.cli.values import above_zero, add_tile_options, positive
 from crossdino.config import close_matches, option_names
 from crossdino.errors import InputError
 
-COMMANDS = ("inspect", "train", "evaluate", "predict", "convert-weights", "info", "recipes")
+COMMANDS = ("inspect", "tile", "train", "evaluate", "calibrate", "predict", "convert-weights", "info", "recipes")
 _DATA_HELP = "a folder, a YAML data file or a COCO JSON file, in COCO, YOLO or Pascal VOC form"
 # The commands that take every setting as an option.
 WITH_SETTINGS = ("inspect", "train")
@@ -80,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--recipe", help="what is proposed is relative to it (compact)")
     inspect.add_argument("--config", metavar="YAML", help="file with settings that are kept")
     inspect.add_argument("--split", metavar="NAME,...", help="which splits to look at (train and val)")
-    inspect.add_argument("--memory", metavar="GB", type=_above_zero, help="what a training may take (what is free)")
+    inspect.add_argument("--memory", metavar="GB", type=above_zero, help="what a training may take (what is free)")
     inspect.add_argument("--no-trial", action="store_true", help="estimate the memory, make no step")
     inspect.add_argument("--no-duplicates", action="store_true", help="do not compare the images with each other")
     inspect.add_argument("--output", metavar="DIR", help="write inspect.png, inspect.json and proposal.yaml")
@@ -100,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         nargs="?",
         const=1,
-        type=_positive,
+        type=positive,
         help="draw the first N batches (1) into --output as the network gets them, and stop",
     )
 
@@ -114,24 +117,24 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--images", metavar="DIR", help="the images of COCO annotations (with --weights)")
     evaluate.add_argument("--predictions-out", metavar="JSON", help="write the model's detections")
     evaluate.add_argument("--json", metavar="JSON", help="write all numbers")
-    evaluate.add_argument("--max-detections", type=_positive, default=100, help="per image and class (100)")
+    evaluate.add_argument("--max-detections", type=positive, default=100, help="per image and class (100)")
     evaluate.add_argument("--size-bands", metavar="NAME=LOW-HIGH,...", help="bands of sqrt(area) in pixels")
-    evaluate.add_argument("--num-select", type=_positive, help="detections kept per image (the model's own setting)")
-    evaluate.add_argument("--batch-size", type=_positive, default=1, help="images or tiles per forward pass (1)")
-    _add_tile_options(evaluate)
+    evaluate.add_argument("--num-select", type=positive, help="detections kept per image (the model's own setting)")
+    evaluate.add_argument("--batch-size", type=positive, default=1, help="images or tiles per forward pass (1)")
+    add_tile_options(evaluate)
     evaluate.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
 
-    predict = command("predict", run_predict, "Detect objects in images; writes pictures and COCO-style JSON.")
-    predict.add_argument("images", nargs="+", help="image files, folders or glob patterns")
-    predict.add_argument("--weights", metavar="MODEL", required=True, help="model folder or hub id")
-    predict.add_argument("--output", metavar="DIR", required=True, help="folder for the results")
-    predict.add_argument("--threshold", type=float, default=0.3, help="lowest score (0.3)")
-    predict.add_argument("--json", metavar="NAME", default="predictions.json", help="file name (predictions.json)")
-    predict.add_argument("--num-select", type=_positive, help="detections kept per image (the model's own setting)")
-    predict.add_argument("--short-side", type=_positive, help="resize to this short side in pixels (the model's own)")
-    predict.add_argument("--long-side", type=_positive, help="limit of the long side in pixels (the model's own)")
-    _add_tile_options(predict)
-    predict.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
+    predict = command("predict", run_predict, "Detect objects in images and videos; writes pictures and tables.")
+    add_predict_options(predict)
+    predict.add_argument("--num-select", type=positive, help="detections kept per image or tile (the model's own)")
+    predict.add_argument("--short-side", type=positive, help="resize to this short side in pixels (the model's own)")
+    predict.add_argument("--long-side", type=positive, help="limit of the long side in pixels (the model's own)")
+    add_tile_options(predict)
+
+    calibrate = command("calibrate", run_calibrate, "Fit confidences and thresholds by size and class.")
+    add_calibrate_options(calibrate)
+    cut = command("tile", run_tile, "Cut a data set into tiles on disk, for tools that want them.")
+    add_cut_options(cut)
 
     convert = command("convert-weights", run_convert_weights, "Turn an official DINO checkpoint into a model folder.")
     convert.add_argument("source", metavar="SOURCE", help="the official file (.pth)")
@@ -141,24 +144,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--class-names", metavar="A,B,...", help="other classes; those of the same name are kept")
     convert.add_argument("--class-map", metavar="NEW=OLD,...", help="begin as another: pedestrian=person")
-    convert.add_argument("--num-queries", type=_positive, help="another number of queries")
+    convert.add_argument("--num-queries", type=positive, help="another number of queries")
 
     info = command("info", run_info, "Parameters, multiply-adds and feature map sizes of the recipes.")
     info.add_argument("recipes", nargs="*", metavar="RECIPE", help="which ones (all)")
-    info.add_argument("--size", nargs=2, type=_positive, default=(800, 1333), metavar=("HEIGHT", "WIDTH"))
+    info.add_argument("--size", nargs=2, type=positive, default=(800, 1333), metavar=("HEIGHT", "WIDTH"))
 
     recipes = command("recipes", run_recipes, "List the recipes.")
     recipes.add_argument("--show", metavar="RECIPE", help="print all settings of one instead, as YAML")
-    for made in (inspect, train, evaluate, predict, convert, info, recipes):
+    for made in (inspect, cut, train, evaluate, calibrate, predict, convert, info, recipes):
         made.set_defaults(known_options=list(made._option_string_actions))
     return parser
-
-
-def _add_tile_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tile-size", type=_not_negative, help="cut images into tiles of this side; 0: whole images (the model's own)"
-    )
-    parser.add_argument("--tile-overlap", type=_not_negative, help="of neighbouring tiles in pixels (the model's own)")
 
 
 class _Version(argparse.Action):
@@ -172,31 +168,3 @@ class _Version(argparse.Action):
         except PackageNotFoundError:
             print("crossdino (not installed)")
         parser.exit()
-
-
-def _positive(text: str) -> int:
-    return _whole_number(text, at_least=1)
-
-
-def _not_negative(text: str) -> int:
-    return _whole_number(text, at_least=0)
-
-
-def _whole_number(text: str, at_least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number") from None
-    if value < at_least:
-        raise argparse.ArgumentTypeError(f"{text} must be at least {at_least}")
-    return value
-
-
-def _above_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text} must be a number above 0")
-    return value

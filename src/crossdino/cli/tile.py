@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crossdino.cli.evaluate import pixels, tile_size
-from crossdino.cli.output import make_console
+from crossdino.cli.output import make_console, num_cores
+from crossdino.cli.values import not_negative, positive, tile_size
 from crossdino.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,7 +30,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="side of the tiles in pixels of the file, or auto: by the objects of the training data",
     )
     parser.add_argument(
-        "--tile-overlap", type=pixels, metavar="PX", help="of neighbouring tiles, at least (64, a third of small tiles)"
+        "--tile-overlap",
+        type=not_negative,
+        metavar="PX",
+        help="of neighbouring tiles, at least (64, a third of small tiles)",
     )
     parser.add_argument("--split", metavar="NAME,...", help="which splits to cut (all)")
     parser.add_argument("--images", metavar="DIR", help="the images of a COCO JSON file")
@@ -46,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--format", choices=("png", "jpg"), default="png", help="png keeps every pixel (png)")
     parser.add_argument("--quality", type=int, default=95, help="of jpg, 1 to 100 (95)")
-    parser.add_argument("--workers", type=_at_least_one, metavar="N", help="images cut at the same time (the cores)")
+    parser.add_argument("--workers", type=positive, metavar="N", help="images cut at the same time (the cores)")
 
 
 def run_tile(options: argparse.Namespace) -> int:
@@ -69,7 +71,7 @@ def run_tile(options: argparse.Namespace) -> int:
         )
         with _Bar(console, name) as bar:
             result = cut_dataset(
-                index, output, name, settings, num_processes=options.workers or _num_cores(), on_image=bar.show
+                index, output, name, settings, num_processes=options.workers or num_cores(), on_image=bar.show
             )
         before = f" ({result.num_cut_before} of them before)" if result.num_cut_before else ""
         left_out = f", {result.num_left_out} without objects left out" if result.num_left_out else ""
@@ -183,13 +185,3 @@ def _share(text: str) -> float | str:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text} must be a share, e.g. 0.25, or all") from None
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
-    return int(text)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

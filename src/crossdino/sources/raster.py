@@ -93,6 +93,7 @@ class RasterPicture(Picture):
             self.georeference = _georeference(dataset, self._turn)
         height, width = self._stored_hw
         self.hw = (width, height) if self._turn[0] else (height, width)
+        self.windowed = height * width > options.windowed_px
 
     def read(self, tile: Tile) -> NDArray[np.uint8]:
         """See `Picture.read`."""
