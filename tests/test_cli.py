@@ -363,7 +363,7 @@ def test_evaluate_takes_any_data_set(
     assert "2 images: whole images, 5 detections kept per image; short side 64 px" in capsys.readouterr().out
     words = ["evaluate", "--ground-truth", tiny_data, "--weights", weights, "--split", "train"]
     assert run(*words, "--tile-size", 32, "--tile-overlap", 8) == 0
-    assert "4 images in 36 tiles of 32 px" in capsys.readouterr().out
+    assert "4 images in 36 tiles: tiles of 32 px" in capsys.readouterr().out
 
 
 def test_show_batch(

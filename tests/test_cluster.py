@@ -227,4 +227,4 @@ def test_mistakes(weights: Path, tmp_path: Path) -> None:
     camera = [Task(Source("camera-0", "0", "camera"), "camera-0")]
     settings = WorkSettings(str(weights), {}, ReadOptions(), tmp_path)
     with pytest.raises(InputError, match="camera-0"):
-        next(work_on_ray(camera, settings, threading.Event()))
+        next(work_on_ray(camera, settings, threading.Event(), options=RayOptions()))

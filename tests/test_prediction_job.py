@@ -17,7 +17,7 @@ import pytest
 from crossdino import prediction_work
 from crossdino.errors import InputError
 from crossdino.prediction_job import RunSummary, predict_sources
-from crossdino.prediction_work import UNFINISHED, Event, Failed, Found, WorkSettings
+from crossdino.prediction_work import UNFINISHED, Ended, Event, Failed, Found, WorkSettings
 from crossdino.predictor import Predictor
 from crossdino.results import JournalIndex, TileStore
 from crossdino.results.journal import JOURNAL_FILE
@@ -185,16 +185,30 @@ def test_tiles_of_nobody_knows_what_are_not_used(tmp_path: Path, models: list[Qu
         (tmp_path / "out" / JOURNAL_FILE).unlink()
 
 
-def test_finished_pictures_are_told_before_a_large_one_is_done(tmp_path: Path, models: list[Quarters]) -> None:
+def test_finished_pictures_are_told_before_a_large_one_is_done(
+    tmp_path: Path, models: list[Quarters], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed after hours within a large picture, the ones before it are in the journal."""
     small, large = save_image(tmp_path / "a.png", 1), save_image(tmp_path / "b.png", 0, (256, 256))
-    settings = settings_of(tmp_path, predictor={"tile_size": 32, "tile_overlap": 0}, draw=False)
+    settings = settings_of(tmp_path, predictor={"tile_size": 32, "tile_overlap": 0})
     found: list[str] = []
+    finish = prediction_work.Drawer.finish
+
+    def slow_finish(*arguments: Any) -> Any:  # the small one is drawn while the large one is in the network
+        while models[-1].num_seen < 4 + 10:
+            threading.Event().wait(0.002)
+        return finish(*arguments)
 
     def see(name: str, done: int, total: int) -> None:
-        if done > 10:
+        if done > 30:
+            for _ in range(1000):  # until it is drawn
+                if (tmp_path / "out" / "a.jpg").is_file():
+                    break
+                threading.Event().wait(0.01)
+        if done > 50:
             assert found == [small.as_posix()]
 
+    monkeypatch.setattr(prediction_work.Drawer, "finish", slow_finish)
     run(settings, small, large, on_progress=see, on_event=lambda event: found.append(event.result.file_name))  # type: ignore[union-attr]
     assert found == [small.as_posix(), large.as_posix()]
 
@@ -261,6 +275,15 @@ def test_videos(tmp_path: Path, models: list[Quarters]) -> None:
         settings_of(tmp_path, reading=reading, output=tmp_path / "whole"), tmp_path / "in", on_event=events.append
     )
     keys = [event.result.key for event in events if isinstance(event, Found)]
+    assert [type(event) for event in events] == [
+        *5 * [Found],
+        Ended,
+        Found,
+        *5 * [Found],
+        Ended,
+        *(len(events) - 14) * [Found],
+        Failed,
+    ]
     names = [path.as_posix() for path in clips]
     assert [key for key in keys if key.startswith(names[0])] == [f"{names[0]}#{frame}" for frame in range(0, 9, 2)]
     assert [key for key in keys if key.startswith(names[1])] == [f"{names[1]}#{frame}" for frame in range(0, 10, 2)]
