@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import tempfile
 import time
 import zipfile
@@ -28,9 +27,11 @@ from crossdino.postprocessing import detections_to_coco
 
 ROOT = Path(__file__).resolve().parent.parent
 BANDS = {"small": (0.0, 32.0), "medium": (32.0, 96.0), "large": (96.0, 1e5)}
+SAME_SCALE = "whole image, scaled as the tiles are"
 # Every way of looking: name -> arguments of the Predictor. Tiles in which crowns are as large as in training.
 WAYS: dict[str, dict[str, Any]] = {
     "whole image": {"tile_size": 0},
+    SAME_SCALE: {},
     "tiles, nms": {"tile_size": "auto", "merge": "nms"},
     "tiles, soft": {"tile_size": "auto", "merge": "soft"},
     "tiles, seam": {"tile_size": "auto", "merge": "seam"},
@@ -59,6 +60,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="write the numbers")
     arguments = parser.parse_args()
     console = Console()
+    if not console.is_terminal:
+        console.width = 140
     model = CrossDINO.from_pretrained(arguments.weights)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -76,6 +79,10 @@ def main() -> None:
         for part, (path, truth) in parts.items():
             for way, settings in WAYS.items():
                 started = time.perf_counter()
+                if way == SAME_SCALE:
+                    scale = model.inference.short_side / model.inference.auto_tile_size
+                    longest = max(truth["images"][0]["width"], truth["images"][0]["height"])
+                    settings = {"tile_size": 0, "short_side": 100_000, "long_side": round(scale * longest)}
                 detections = Predictor(model, **settings)(path)
                 seconds = time.perf_counter() - started
                 result = evaluate_detections(
@@ -86,9 +93,14 @@ def main() -> None:
                     | {"ap": result.ap, "ap50": result.ap50}
                     | {f"ap {name}": band.ap for name, band in result.by_size.items()}
                 )
-                console.print(json.dumps(rows[-1]))
     names = ["ap", "ap50", *(f"ap {name}" for name in BANDS)]
-    table = Table("image", "objects", "way of looking", *(Column(name, justify="right") for name in names), "seconds")
+    table = Table(
+        "image",
+        "objects",
+        Column("way of looking", no_wrap=True),
+        *(Column(name, justify="right") for name in names),
+        "seconds",
+    )
     for row in rows:
         values = [100 * row[name] if row[name] is not None else np.nan for name in names]
         table.add_row(
