@@ -12,9 +12,9 @@ from crossdino.data.images import read_image
 from crossdino.sources.contract import Picture, Source
 from crossdino.tiling import Tile
 
-# A picture is made smaller by plain averages of blocks until it is about so many times as large as wanted, then by
-# Pillow's bilinear filter, which averages as well. (A training image of that size is filtered in one step.)
-REDUCING_GAP = 2.0
+# Reduced pictures with a longer side are for people to look at: there half the memory is worth more than the last
+# bit of sharpness.
+_SHARP_SIDE = 2048
 
 
 class WholeImage(Picture):
@@ -74,5 +74,19 @@ def reduce_pixels(pixels: NDArray[np.uint8], hw: tuple[int, int]) -> NDArray[np.
     height, width = min(hw[0], pixels.shape[0]), min(hw[1], pixels.shape[1])
     if (height, width) == pixels.shape[:2]:
         return pixels.copy()
-    small = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR, reducing_gap=REDUCING_GAP)
+    small = Image.fromarray(pixels).resize(
+        (width, height), Image.Resampling.BILINEAR, reducing_gap=reducing_gap((height, width))
+    )
     return np.array(small)
+
+
+def reducing_gap(hw: tuple[int, int]) -> float:
+    """How much larger than wanted the plain averages of blocks are that a picture is first reduced to.
+
+    From there Pillow's bilinear filter, which averages as well, makes the rest. (A training image is filtered in one
+    step.)
+
+    Args:
+        hw: the wanted size.
+    """
+    return 2.0 if max(hw) <= _SHARP_SIDE else 1.0

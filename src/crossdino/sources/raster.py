@@ -33,7 +33,7 @@ from crossdino.data.images import BROKEN, MISSING, NO_IMAGE, ORIENTATION_TAG, Im
 from crossdino.errors import InputError
 from crossdino.sources.band_values import LOOK_PX, BandValues, plan_values
 from crossdino.sources.contract import Georeference, Picture, ReadOptions, Source
-from crossdino.sources.images import REDUCING_GAP, inside
+from crossdino.sources.images import inside, reducing_gap
 from crossdino.tiling import Tile
 
 # Files of other formats are refused: GDAL also opens databases, documents and descriptions of servers.
@@ -112,7 +112,7 @@ class RasterPicture(Picture):
         level = None
         with self._dataset() as dataset:
             for index, factor in enumerate(dataset.overviews(1)):
-                if min(dataset.height / wanted[0], dataset.width / wanted[1]) >= REDUCING_GAP * factor:
+                if min(dataset.height / wanted[0], dataset.width / wanted[1]) >= reducing_gap(wanted) * factor:
                     level = index
         values = self._ranged_values()
         with self._dataset(level) as dataset:
@@ -267,7 +267,8 @@ def _read_rgb(
 def _reduce(dataset: DatasetReader, values: BandValues, hw: tuple[int, int], by_rows: bool) -> NDArray[np.uint8]:
     """The whole raster at a smaller size, in the two steps of `reduce_pixels`, the first of them window by window."""
     rows, columns = (
-        max(1, int(length / side / REDUCING_GAP)) for length, side in ((dataset.height, hw[0]), (dataset.width, hw[1]))
+        max(1, int(length / side / reducing_gap(hw)))
+        for length, side in ((dataset.height, hw[0]), (dataset.width, hw[1]))
     )
     width = dataset.width if by_rows else min(dataset.width, max(1, 4096 // columns) * columns)
     height = max(1, CHUNK_BYTES // (3 * width * rows)) * rows
