@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from crossdino.prediction_job import predict_sources
-from crossdino.prediction_work import Event, Failed, Found, Task, _share
+from crossdino.prediction_processes import _share
+from crossdino.prediction_work import Event, Failed, Found, Task
 from crossdino.results import JournalIndex
 from crossdino.results.journal import JOURNAL_FILE
 from crossdino.sources import Source, find_sources

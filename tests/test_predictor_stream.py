@@ -157,6 +157,27 @@ def test_batches_are_filled_across_pictures_always_in_the_same_way() -> None:
     )  # all but those beside the broken one
 
 
+def test_the_other_tiles_of_a_broken_picture_are_not_computed() -> None:
+    """Not even those that have been read by the time that the broken one is met: that would depend on the threads."""
+
+    class Torn(Noted):
+        others_read = threading.Event()
+
+        def read(self, tile: Tile) -> NDArray[np.uint8]:
+            if tile.left == 0:
+                assert self.others_read.wait(10)
+                raise ImageError("image is broken")
+            pixels = super().read(tile)
+            if self.num_read == 2:
+                self.others_read.set()
+            return pixels
+
+    predictor = Predictor(Quarters(), tile_size=32, tile_overlap=0)
+    torn, good = predictor.stream([Torn(1, (32, 96)), Noted(2)], on_error="yield")
+    assert torn.error is not None and len(torn.detections) == 0 and shade(good) == 2
+    assert predictor.model.num_seen == 1
+
+
 def test_a_slow_camera_gets_its_result_before_the_next_frame() -> None:
     answered: list[int] = []
     go = threading.Event()

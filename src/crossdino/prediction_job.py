@@ -18,6 +18,7 @@ import numpy as np
 from crossdino.checkpoints import read_model_config
 from crossdino.errors import InputError
 from crossdino.prediction_drawing import drawn_name
+from crossdino.prediction_processes import work_in_processes
 from crossdino.prediction_work import (
     UNFINISHED,
     Event,
@@ -29,7 +30,6 @@ from crossdino.prediction_work import (
     Task,
     WorkSettings,
     work_here,
-    work_in_processes,
 )
 from crossdino.results import (
     Journal,

@@ -173,13 +173,13 @@ class Predictor:
         self.short_side = chosen(short_side, inference.short_side)
         self.long_side = chosen(long_side, inference.long_side)
         self.tile_size, self.tile_overlap = choose_tiles(inference, tile_size, tile_overlap)
-        self.merge = chosen(merge, inference.merge)
+        self.merge: Literal["seam", "nms", "soft"] = chosen(merge, inference.merge)
         self.merge_iou = chosen(merge_iou, inference.merge_iou)
         self.full_image = bool(chosen(full_image, inference.full_image) and self.tile_size)
         self.batch_size = batch_size
         self.precision = precision
         self.num_threads = num_threads
-        self.channel_order = channel_order
+        self.channel_order: Literal["rgb", "bgr"] = channel_order
         for name in ("num_select", "short_side", "long_side", "batch_size", "num_threads"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: give at least 1")
@@ -434,7 +434,7 @@ class Predictor:
         return Prediction(job.picture, detections, job.capped)
 
     def _as_detections(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> sv.Detections:
-        names = {"class_name": self.class_names[labels.numpy()]}
+        names: dict[str, Any] = {"class_name": self.class_names[labels.numpy()]}
         return sv.Detections(boxes.numpy(), confidence=scores.numpy(), class_id=labels.numpy(), data=names)
 
 

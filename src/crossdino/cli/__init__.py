@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 from crossdino.cli.output import report_mistake
 from crossdino.cli.parser import WITH_SETTINGS, build_parser, split_settings
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `crossdino`; None takes those of the process.
 
     Returns:
-        The exit status: 0, 2 after a mistake of the user, 130 after Ctrl-C (or SIGTERM while training).
+        The exit status: 0, 2 after a mistake of the user, 130 after Ctrl-C (or SIGTERM while training or predicting).
     """
     try:
         words = list(sys.argv[1:] if arguments is None else arguments)
@@ -64,4 +65,21 @@ def entry_point() -> None:
     """The console script `crossdino`."""
     # supervision tells at its import that it works without OpenCV, which is no news for the user of a command line.
     warnings.filterwarnings("ignore", message="OpenCV .*is not installed")
+    warnings.showwarning = _show_warning
     sys.exit(main())
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings as one line, like our errors; those of others as Python shows them."""
+    if category.__module__.partition(".")[0] == __package__.partition(".")[0]:
+        text = f"crossdino: warning: {' '.join(str(message).split())}\n"
+    else:
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crossdino.cli.output import choose_device, make_console, write_json, write_text
+from crossdino.cli.output import check_destinations, choose_device, make_console, write_json, write_text
 from crossdino.cli.values import add_tile_options, number, positive
 from crossdino.errors import InputError
 
@@ -146,9 +146,7 @@ def _check_options(options: argparse.Namespace) -> None:
         raise InputError("give --weights (the model to calibrate), or --predictions (to look at a file of detections)")
     if options.predictions is not None and options.predictions_out is not None:
         raise InputError("--predictions-out goes without --predictions: the detections are there already")
-    for path in filter(None, (options.json, options.predictions_out)):
-        if not Path(path).absolute().parent.is_dir():
-            raise InputError(f"cannot write {path}: no folder {Path(path).absolute().parent}")
+    check_destinations(options.json, options.predictions_out)
     if options.output is not None and Path(options.output).exists() and not Path(options.output).is_dir():
         raise InputError(f"--output {options.output} is a file; name a folder")
     if not 0 < options.iou <= 1:

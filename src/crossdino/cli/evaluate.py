@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crossdino.cli.output import choose_device, make_console, num_cores, write_json, write_text
+from crossdino.cli.output import check_destinations, choose_device, make_console, num_cores, write_json, write_text
 from crossdino.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,15 +17,19 @@ if TYPE_CHECKING:
     from crossdino.evaluation.caps import Look
 
 
+_TILE_OPTIONS = ("tile_size", "tile_overlap", "merge", "merge_iou", "full_image")
+
+
 def run_evaluate(options: argparse.Namespace) -> int:
     """Measure, print the table and write what is asked for."""
     if (options.weights is None) == (options.predictions is None):
         raise InputError("give either --predictions (a COCO results file) or --weights (a model to run)")
-    for path in filter(None, (options.json, options.predictions_out)):
-        if not Path(path).absolute().parent.is_dir():
-            raise InputError(f"cannot write {path}: no folder {Path(path).absolute().parent}")
-    if options.predictions is not None and options.predictions_out is not None:
-        raise InputError("--predictions-out goes with --weights only: the detections are in --predictions already")
+    check_destinations(options.json, options.predictions_out)
+    of_model = ("images", "predictions_out", "num_select", *_TILE_OPTIONS)
+    given = next((name for name in of_model if getattr(options, name) is not None), None)
+    if options.predictions is not None and given is not None:
+        word = given.replace("_", "-")
+        raise InputError(f"--{word} goes with --weights only: the detections are in --predictions already")
     from crossdino.evaluation import COCO_SIZE_BANDS, evaluate_detections, parse_size_bands
     from crossdino.evaluation.caps import cap_warnings
 

@@ -30,6 +30,15 @@ def report_mistake(message: str) -> int:
     return 2
 
 
+def check_destinations(*paths: str | None) -> None:
+    """Whether these files can be written, before anything takes time; None: not asked for."""
+    for path in filter(None, paths):
+        if not Path(path).absolute().parent.is_dir():
+            raise InputError(f"cannot write {path}: no folder {Path(path).absolute().parent}")
+        if Path(path).is_dir():
+            raise InputError(f"cannot write {path}: it is a folder; name a file")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     from crossdino.checkpoints import written_whole

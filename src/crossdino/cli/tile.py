@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crossdino.cli.output import make_console, num_cores
-from crossdino.cli.values import not_negative, positive, tile_size
+from crossdino.cli.values import not_negative, number, positive, tile_size
 from crossdino.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--tile-overlap",
         type=not_negative,
         metavar="PX",
-        help="of neighbouring tiles, at least (64, a third of small tiles)",
+        help="of neighbouring tiles, at least (64, a quarter of small tiles)",
     )
     parser.add_argument("--split", metavar="NAME,...", help="which splits to cut (all)")
     parser.add_argument("--images", metavar="DIR", help="the images of a COCO JSON file")
     parser.add_argument(
-        "--keep", type=float, default=0.4, metavar="SHARE", help="objects shown less than this are ignored (0.4)"
+        "--keep", type=number, default=0.4, metavar="SHARE", help="objects shown less than this are ignored (0.4)"
     )
     parser.add_argument(
         "--empty",
@@ -47,23 +47,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="training tiles without objects, as a share of those with (0.25), or all; other splits keep all",
     )
     parser.add_argument("--format", choices=("png", "jpg"), default="png", help="png keeps every pixel (png)")
-    parser.add_argument("--quality", type=int, default=95, help="of jpg, 1 to 100 (95)")
+    parser.add_argument("--quality", type=positive, default=95, metavar="N", help="of jpg, 1 to 100 (95)")
     parser.add_argument("--workers", type=positive, metavar="N", help="images cut at the same time (the cores)")
 
 
 def run_tile(options: argparse.Namespace) -> int:
     """Cut the splits one after the other; 1 where images could not be read."""
+    from crossdino.config import InferenceConfig
     from crossdino.data.cutting import CutSettings, cut_dataset
+    from crossdino.tiling import choose_tiles
 
     if options.tile_size == 0:
         raise InputError("--tile-size is 0, which means whole images: give the tiles' side in pixels, or auto")
     output, console = Path(options.output), make_console()
     splits = _load(options, console)
     _refuse_source(output, Path(options.data), splits)
-    size, overlap = options.tile_size, 64
-    if size == "auto":
+    if options.tile_size == "auto":
         size, overlap = _auto(next(iter(splits.values())), console)
-    overlap = min(overlap, size // 3) if options.tile_overlap is None else options.tile_overlap
+    else:
+        size, overlap = choose_tiles(InferenceConfig(), options.tile_size)
+    overlap = overlap if options.tile_overlap is None else options.tile_overlap
     status = 0
     for name, index in splits.items():
         settings = CutSettings(
@@ -182,6 +185,6 @@ def _share(text: str) -> float | str:
     if text == "all":
         return text
     try:
-        return float(text)
-    except ValueError:
+        return number(text)
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text} must be a share, e.g. 0.25, or all") from None

@@ -27,7 +27,7 @@ from crossdino.sources import Picture
 # Fewer tiles than this are done again: the file would cost more than it saves.
 LEAST_TILES = 32
 
-# Tile (-1: the whole picture), number of detections, checksum. The checksum is that of these two as well: a loss of power
+# Tile (-1: the whole picture), number of detections, checksum. The checksum covers these two as well: a loss of power
 # may leave zeros, which must not be taken for tiles without objects.
 _HEAD = struct.Struct("<iiI")
 
