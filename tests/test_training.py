@@ -126,7 +126,12 @@ def test_training_learns_and_keeps_the_best(tiny_config: Config) -> None:
     assert best["inference"] == {"short_side": 64, "long_side": 1333, "num_select": 300} | {
         "tile_size": 0,
         "tile_overlap": 64,
+        "merge": "seam",
         "merge_iou": 0.5,
+        "full_image": False,
+        # The images' own size, at which objects are as large as they were in training; a third of it.
+        "auto_tile_size": 64,
+        "auto_tile_overlap": 21,
     }
     card = (result.weights / "README.md").read_text()
     assert f"| AP | {100 * result.best_ap:.1f} | 3 |" in card and "of the 8 training objects" in card
