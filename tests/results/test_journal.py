@@ -19,7 +19,6 @@ from crossdino.results import (
     JournalIndex,
     PictureResult,
     file_stamp,
-    find_journals,
     journal_path,
 )
 
@@ -233,36 +232,32 @@ def test_a_full_disk_leaves_whole_lines(
     assert list(JournalIndex([path]).keys()) == ["a.png", "c.png"]
 
 
-def test_journals_of_processes_are_read_as_one(
+def test_several_journals_are_read_as_one(
     tmp_path: Path, header: JournalHeader, make_result: MakeResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [f"{number}.png" for number in range(12)]
     clock = 1000.0
     monkeypatch.setattr(time, "time", lambda: clock)
-    for process in (0, 1, 10):
-        with Journal(journal_path(tmp_path, process), header) as journal:
-            for name in names[process % 3 :: 3]:
+    paths = [tmp_path / name / "predictions.jsonl" for name in ("one", "two")]
+    for number, path in enumerate(paths):
+        with Journal(path, header) as journal:
+            for name in names[number::3]:
                 journal.add(make_result(name), OLD)
     clock = 2000.0
     # A later run, divided otherwise: one picture again because its file had changed, by a process whose journal is
     # read before the one that has the old entry.
-    with Journal(journal_path(tmp_path, 0), header) as journal:
+    with Journal(paths[0], header) as journal:
         journal.add(make_result("1.png", 7), NEW)
-    (tmp_path / "predictions.x.jsonl").write_text("not one of them")
-    paths = find_journals(tmp_path)
-    assert [path.name for path in paths] == [*("predictions.0.jsonl", "predictions.1.jsonl", "predictions.10.jsonl")]
     index = JournalIndex(paths, header)
     found = list(index.read(names))
-    assert [result.file_name for result in found if result.file_name != "2.png"] == [
+    assert [result.file_name for result in found] == [
         name for name in names if int(name[:-4]) % 3 != 2
     ]
     assert len(found[1]) == 7 and index.is_done("1.png", NEW) and not index.is_done("1.png", OLD)
-    Journal(journal_path(tmp_path), header).close()
-    assert find_journals(tmp_path)[0].name == "predictions.jsonl"
-    assert find_journals(tmp_path / "nowhere") == []
-    Journal(journal_path(tmp_path, 2), JournalHeader({}, header.class_names, header.category_ids)).close()
+    other = tmp_path / "other.jsonl"
+    Journal(other, JournalHeader({}, header.class_names, header.category_ids)).close()
     with pytest.raises(InputError, match="other settings"):
-        JournalIndex(find_journals(tmp_path))
+        JournalIndex([*paths, other])
 
 
 def test_reading_keeps_one_picture_in_memory(tmp_path: Path, header: JournalHeader, make_result: MakeResult) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from crossdino.results.drawing import draw_picture, write_picture
 from crossdino.results.journal import FileStamp, Journal, JournalHeader, file_stamp
-from crossdino.results.journal_index import JournalIndex, find_journals, journal_path
+from crossdino.results.journal_index import JournalIndex, journal_path
 from crossdino.results.output_names import output_stems, refuse_overwriting
 from crossdino.results.outputs import FORMATS, check_formats, growing_outputs, open_outputs, write_outputs
 from crossdino.results.parquet_files import object_schema, object_table, picture_schema
@@ -24,7 +24,6 @@ __all__ = [
     "check_formats",
     "draw_picture",
     "file_stamp",
-    "find_journals",
     "growing_outputs",
     "journal_path",
     "object_schema",

@@ -3,8 +3,7 @@
 `predictions.jsonl` begins with a line about the run (settings, classes), followed by one line a picture, a failure or
 the end of a video. Lines are only ever added; the last one about a picture counts. Every other file that a run writes
 is made of the journal and can be made again. A process that is killed loses at most the line that it was writing: the
-rest of such a line is cut off when the run is continued. Several processes write a journal each, see
-`crossdino.results.journal_index` for how they are read as one.
+rest of such a line is cut off when the run is continued.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
 """Reading journals: what is done, and the pictures in any order, one after the other.
 
-Only where each picture's line begins is kept in memory. Several journals (one a process) are read as one.
+Only where each picture's line begins is kept in memory. Several journals (of runs on several machines) are read as one.
 """
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -43,7 +41,10 @@ class _Entry:
 
 
 class JournalIndex:
-    """One or several journals of a run, for reading. They may be growing: what comes later is not seen."""
+    """One journal, or several of the same settings (of runs on several machines), for reading.
+
+    They may be growing: what comes later is not seen.
+    """
 
     def __init__(self, paths: Sequence[str | Path], header: JournalHeader | None = None) -> None:
         """Look through the journals.
@@ -192,22 +193,9 @@ class JournalIndex:
         entry.stem = head.get("stem", "") or entry.stem
 
 
-def find_journals(folder: str | Path) -> list[Path]:
-    """The journals in an output folder: `predictions.jsonl`, then those of processes, `predictions.0.jsonl` ..."""
-    base, suffix = os.path.splitext(JOURNAL_FILE)
-    pattern = re.compile(rf"{re.escape(base)}\.(\d+){re.escape(suffix)}")
-    folder = Path(folder)
-    if not folder.is_dir():
-        return []
-    numbered = [(int(match[1]), path) for path in folder.iterdir() if (match := pattern.fullmatch(path.name))]
-    single = [folder / JOURNAL_FILE] if (folder / JOURNAL_FILE).is_file() else []
-    return single + [path for _, path in sorted(numbered)]
-
-
-def journal_path(folder: str | Path, process: int | None = None) -> Path:
-    """Where a run keeps its journal; `process` for one of several processes."""
-    base, suffix = os.path.splitext(JOURNAL_FILE)
-    return Path(folder) / (JOURNAL_FILE if process is None else f"{base}.{process}{suffix}")
+def journal_path(folder: str | Path) -> Path:
+    """Where a run keeps its journal."""
+    return Path(folder) / JOURNAL_FILE
 
 
 def _damaged(path: Path, offset: int) -> InputError:
