@@ -6,8 +6,9 @@ merged where the run was started. So nothing is shuffled between the nodes: a `g
 image before it could give the first, and a stopped run would have nothing to show.
 
 What a tile gives does not depend on who computes it or when: which tiles go through the network together follows from
-the list of sources and the settings alone. With `batch_size` 1 the results are those of one process, bit for bit. Ray
-restarts actors that die and repeats what they had begun; parts that come twice are counted once.
+the list of sources and the settings alone. With `batch_size` 1 the results are those of one process with as many
+threads, bit for bit. Ray restarts actors that die and repeats what they had begun; parts that come twice are counted
+once.
 """
 
 from __future__ import annotations
