@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from crossdino.checkpoints import load_model, save_model, weights_digest
-from crossdino.cli.calibrate import add_calibrate_options, run_calibrate
-from crossdino.config import Config
+from crossdino.checkpoints import CalibrationWarning, load_model, save_model, weights_digest
+from crossdino.cli import _show_warning
+from crossdino.cli.calibrate import _as_options, add_calibrate_options, run_calibrate
+from crossdino.cli.parser import build_parser
+from crossdino.config import Config, InferenceConfig, with_changes
 from crossdino.errors import InputError
 from crossdino.models.detector import CrossDINO
+from crossdino.tiling import choose_tiles
+from crossdino.training import train
 
 
 def run(*words: Any) -> int:
@@ -191,3 +195,47 @@ def test_mistakes(weights: Path, data: tuple[Path, Path], tmp_path: Path) -> Non
     assert not (weights / "calibration.json").exists()
     with pytest.raises(SystemExit):
         run(*known, "--iou", "much")
+
+
+def test_what_says_how_to_look_needs_a_model(data: tuple[Path, Path]) -> None:
+    truth, found = data
+    for words in (["--tile-size", "64"], ["--num-select", "5"], ["--full-image"]):
+        with pytest.raises(InputError, match=rf"{words[0]} says how a model looks at images: give --weights too"):
+            run("--ground-truth", truth, "--predictions", found, *words)
+
+
+def test_our_warnings_are_one_line_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    _show_warning(CalibrationWarning("left out,\nmake it again"), CalibrationWarning, "file.py", 7)
+    assert capsys.readouterr().err == "crossdino: warning: left out, make it again\n"
+    _show_warning(DeprecationWarning("old"), DeprecationWarning, "file.py", 7)
+    assert "file.py:7: DeprecationWarning: old" in capsys.readouterr().err
+
+
+def test_a_training_that_goes_on_leaves_no_calibration_of_older_weights(
+    tiny_config: Config, data: tuple[Path, Path]
+) -> None:
+    """`best/` is replaced as a whole; what was fitted to the weights before is gone with them."""
+    config = with_changes(tiny_config, {"training.epochs": 1, "training.patience": 0})
+    best = train(config).weights
+    truth, found = data
+    assert run("--ground-truth", truth, "--predictions", found, "--weights", best) == 0
+    before = load_model(best)
+    assert before.calibration is not None
+    log = best.parent / "log.jsonl"
+    train(with_changes(config, {"training.epochs": 2}), resume=True)
+    evaluations = [line for line in map(json.loads, log.read_text().splitlines()) if line["kind"] == "eval"]
+    after = load_model(best)  # a stale file would warn, and warnings are errors here
+    replaced = any(line["best"] for line in evaluations[1:])
+    assert replaced == (weights_digest(after) != weights_digest(before))
+    assert (after.calibration is None) == replaced == (not (best / "calibration.json").exists())
+
+
+def test_the_command_that_is_told_looks_at_images_as_the_fit_did() -> None:
+    own = InferenceConfig(tile_overlap=64, full_image=True)
+    assert _as_options(own, own) == []
+    other = dataclasses.replace(own, short_side=320, tile_size=128, full_image=False)
+    words = [word for part in _as_options(other, own) for word in part.split()]
+    assert words == ["--short-side", "320", "--tile-size", "128", "--tile-overlap", "64", "--no-full-image"]
+    given = build_parser().parse_args(["predict", "image.png", "--output", "out", "--weights", "w", *words])
+    # Without its overlap, tiles of 128 px would overlap by 32.
+    assert choose_tiles(own, given.tile_size, given.tile_overlap) == (128, 64)

@@ -224,7 +224,7 @@ def test_pictures_are_read_while_the_network_works_and_few_at_a_time() -> None:
 
 
 def test_memory_does_not_grow_with_the_picture(tmp_path: Path) -> None:
-    """6000 x 6000 pixels would be 108 MB decoded; a stand-in looks at all of its tiles in a process of its own."""
+    """8000 x 8000 pixels would be 192 MB decoded; a stand-in looks at all of its tiles in a process of its own."""
     code = """
 import resource, sys
 import rasterio.transform
@@ -233,7 +233,7 @@ from rasterio.windows import Window
 from crossdino.predictor import Predictor
 from crossdino.sources import ReadOptions, Source, open_pictures
 from tests.stand_in import Quarters
-path, side = sys.argv[1], 6000
+path, side = sys.argv[1], 8000
 form = dict(driver="GTiff", width=side, height=side, count=3, dtype="uint8", tiled=True, compress="lzw")
 with rasterio.open(path, "w", **form, crs="EPSG:32633", transform=rasterio.transform.from_origin(0, 0, 1, 1)) as file:
     for row in range(0, side, 500):
@@ -253,8 +253,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, predictor.mod
     )
     assert done.returncode == 0, done.stderr
     growth_kib, num_looks, num_found = map(int, done.stdout.split())
-    assert num_looks == 4 + 1 + 11 * 11 + 1 and num_found > 100
-    assert growth_kib < 60_000  # tiles, threads, GDAL's cache; the picture alone would be 105,500 KiB
+    assert num_looks == 4 + 1 + 14 * 14 + 1 and num_found > 100
+    assert growth_kib < 120_000  # tiles, threads, GDAL's cache; the picture alone would be 187,500 KiB
 
 
 def test_capped_means_that_all_places_were_taken() -> None:

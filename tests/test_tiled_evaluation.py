@@ -23,6 +23,7 @@ from crossdino.config import Config, DataConfig, InferenceConfig, ModelConfig, f
 from crossdino.data import DetectionDataset, load_coco
 from crossdino.errors import InputError
 from crossdino.evaluation.caps import Look, cap_warnings
+from crossdino.predictor import Predictor
 from crossdino.structures import DetectorOutput
 from crossdino.training import detect_dataset, train
 from crossdino.training.setup import decide_tiles
@@ -129,6 +130,17 @@ def test_two_thousand_objects_of_one_image_come_out(
     text = " ".join(capsys.readouterr().out.split())
     assert "the image has more objects" in text and "whole images, 400 detections kept per image" in text
     assert json.loads((tmp_path / "numbers.json").read_text())["settings"]["merge"] is None
+
+
+def test_two_thousand_objects_come_out_of_a_prediction(crowd: Path) -> None:
+    model = Oracle(tile_size=100, tile_overlap=20)
+    (found,) = Predictor(model, threshold=0.5).stream([crowd.with_name("crowd.png")])  # type: ignore[arg-type]
+    truth = np.array([one["bbox"] for one in json.loads(crowd.read_text())["annotations"]])
+    corners = found.detections.xyxy[np.lexsort(found.detections.xyxy[:, :2].T)]
+    np.testing.assert_allclose(corners[:, :2], truth[:, :2], atol=1e-3)  # float32 of numbers up to 500
+    assert not found.capped
+    (found,) = Predictor(model, threshold=0.5, num_select=60).stream([crowd.with_name("crowd.png")])  # type: ignore[arg-type]
+    assert found.capped and len(found.detections) < 2000
 
 
 def test_a_file_of_detections_is_told_of_its_cap_too(
@@ -277,3 +289,128 @@ def test_impossible_merging_is_refused(tiny_config: Config) -> None:
     with pytest.raises(InputError, match=r"evaluation.merge is 'best'"):
         train(dataclasses.replace(tiny_config, evaluation=evaluation))
     assert decide_tiles(tiny_config, load_coco(str(tiny_config.data.train_annotations))) == (tiny_config, "")
+
+
+# --- against plain loops ---
+
+
+class Doubtful(Oracle):
+    """Finds bright rectangles too, but with a score and a shift that depend on where and how large they are."""
+
+    def forward(self, images: Tensor, padding_mask: Tensor) -> DetectorOutput:
+        output = super().forward(images, padding_mask)
+        found = output.pred_logits > 0
+        x, y, width, height = output.pred_boxes.unbind(-1)
+        logits = 2 * torch.sin(40 * x + 17 * y) + 3 * torch.cos(90 * width * height)
+        output.pred_boxes[..., 0] += 0.15 * width * torch.sin(31 * x)
+        output.pred_boxes[..., 3] = height * (1 + 0.15 * torch.cos(23 * y))
+        return DetectorOutput(torch.where(found, logits[..., None], output.pred_logits), output.pred_boxes)
+
+
+def plain_nms(boxes: list[list[float]], scores: list[float], iou: float) -> list[int]:
+    kept: list[int] = []
+    for place in sorted(range(len(boxes)), key=lambda place: -scores[place]):
+        x1, y1, x2, y2 = boxes[place]
+        for other in kept:
+            a1, b1, a2, b2 = boxes[other]
+            shared = max(0.0, min(x2, a2) - max(x1, a1)) * max(0.0, min(y2, b2) - max(y1, b1))
+            if shared > iou * ((x2 - x1) * (y2 - y1) + (a2 - a1) * (b2 - b1) - shared):
+                break
+        else:
+            kept.append(place)
+    return kept
+
+
+def test_merged_average_precision_is_that_of_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut by Pillow, one tile at a time through the model, NMS in loops, pycocotools: the AP of `evaluate`."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    rng = np.random.default_rng(5)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, (height, width) in enumerate(((170, 230), (60, 150), (40, 30)), start=1):
+        pixels = np.zeros((height, width, 3), np.uint8)
+        for top in range(2, height - 22, 26):
+            for left in range(2, width - 22, 26):
+                w, h = rng.integers(6, 23, 2).tolist()
+                pixels[top : top + h, left : left + w] = 255
+                entry = {"id": len(annotations) + 1, "image_id": number, "category_id": 5, "bbox": [left, top, w, h]}
+                annotations.append({**entry, "area": w * h, "iscrowd": 0})
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": width, "height": height})
+    truth = {"images": images, "annotations": annotations, "categories": [{"id": 5, "name": "a"}]}
+    (tmp_path / "val.json").write_text(json.dumps(truth))
+
+    model = Doubtful(60, tile_size=64, tile_overlap=20, short_side=64, long_side=64)
+    monkeypatch.setattr(checkpoints, "load_model", lambda *_, **__: model)
+    words: list[str | Path] = ["--ground-truth", tmp_path / "val.json", "--weights", "w", "--device", "cpu"]
+    words += ["--merge", "nms", "--merge-iou", "0.437", "--json", tmp_path / "numbers.json", "--num-select", "45"]
+    assert run_evaluate(options(*words)) == 0
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+
+    results: list[dict[str, Any]] = []
+    for entry in images:
+        picture = Image.open(tmp_path / entry["file_name"]).convert("RGB")
+        places = {}
+        for axis, length in (("x", picture.width), ("y", picture.height)):
+            count = 1 if length <= 64 else -(-(length - 20) // 44)
+            places[axis] = [n * (length - 64) // (count - 1) if count > 1 else 0 for n in range(count)]
+        looks = [(picture.crop((x, y, x + 64, y + 64)), x, y) for y in places["y"] for x in places["x"]]
+        boxes: list[list[float]] = []
+        scores: list[float] = []
+        for look, x, y in looks:
+            array = torch.from_numpy(np.array(look)).permute(2, 0, 1)[None].float() / 255
+            output = model(array, torch.zeros(1, 64, 64, dtype=torch.bool))
+            order = output.pred_logits[0, :, 0].argsort(descending=True, stable=True)[:45].tolist()
+            for query in order:
+                cx, cy, w, h = output.pred_boxes[0, query].tolist()
+                box = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
+                box = [64 * min(max(value, 0), 1) + shift for value, shift in zip(box, (x, y) * 2, strict=True)]
+                limits = (*picture.size, *picture.size)
+                boxes.append([min(value, limit) for value, limit in zip(box, limits, strict=True)])
+                scores.append(float(output.pred_logits[0, query, 0].sigmoid()))
+        for place in plain_nms(boxes, scores, 0.437):
+            x1, y1, x2, y2 = boxes[place]
+            found = {"image_id": entry["id"], "category_id": 5, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            results.append({**found, "score": scores[place]})
+    coco = COCO()
+    coco.dataset = truth  # type: ignore[assignment]
+    coco.createIndex()
+    judge = COCOeval(coco, coco.loadRes(results), "bbox")  # type: ignore[arg-type]
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    assert 0.1 < judge.stats[0] < 0.9, "nothing to compare"
+    # Scores are written with 8 digits, so that two of them could change places; none does here.
+    assert numbers["ap"] == pytest.approx(judge.stats[0], abs=1e-6)
+    assert numbers["ap50"] == pytest.approx(judge.stats[1], abs=1e-6)
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--tile-size", "0"], ["--merge", "nms"], ["--no-full-image"], ["--num-select", "5"], ["--predictions-out", "x"]],
+)
+def test_detections_of_a_file_are_not_cut_again(crowd: Path, tmp_path: Path, words: list[str]) -> None:
+    """Taken without a word, these options would seem to have had an effect."""
+    (tmp_path / "found.json").write_text("[]")
+    given = options("--ground-truth", crowd, "--predictions", tmp_path / "found.json", *words)
+    with pytest.raises(InputError, match=r"--[a-z-]+ goes with --weights only"):
+        run_evaluate(given)
+
+
+def test_a_destination_that_is_a_folder_is_refused_before_the_work(crowd: Path, tmp_path: Path) -> None:
+    for name in ("--json", "--predictions-out"):
+        with pytest.raises(InputError, match="cannot write .* it is a folder; name a file"):
+            run_evaluate(options("--ground-truth", crowd, "--weights", "no model is looked for", name, tmp_path))
+
+
+def test_files_of_windows_programs_begin_with_a_mark(crowd: Path, tmp_path: Path) -> None:
+    """As training reads them."""
+    marked = tmp_path / "marked.json"
+    marked.write_text(crowd.read_text(), encoding="utf-8-sig")
+    (tmp_path / "found.json").write_text("[]", encoding="utf-8-sig")
+    assert run_evaluate(options("--ground-truth", marked, "--predictions", tmp_path / "found.json")) == 0

@@ -336,7 +336,8 @@ class _Plan:
             return self.split.num_images
         per_tile = self.per_item(self.split)
         full = int((per_tile > 0).sum())
-        return full + min(len(per_tile) - full, round(data.empty_tiles * max(full, 1)))
+        wanted = round(data.empty_tiles * full) if full else len(per_tile)
+        return full + min(len(per_tile) - full, wanted)
 
     def remarks(self) -> None:
         """What the settings cannot mend."""

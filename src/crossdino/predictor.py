@@ -40,8 +40,6 @@ T = TypeVar("T")
 # In place of the number of a tile.
 _WHOLE = -1
 _NOTHING: Found = (torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-# Detections of a tile that stay below this share of their own threshold are dropped before the tiles are merged.
-_SURELY_BELOW = 0.5
 
 
 @dataclass(frozen=True)
@@ -76,9 +74,9 @@ class _Job:
     error: InputError | None = None
     broken_off: Exception | None = None
 
-    def keep(self, number: int, found: Found, most: int) -> None:
-        """Take over what was found in a tile, or in the whole; `most` is as much as can be found there."""
-        self.capped |= len(found[1]) >= most
+    def keep(self, number: int, found: Found, capped: bool) -> None:
+        """Take over what was found in a tile, or in the whole; `capped` where there may be more."""
+        self.capped |= capped
         if number == _WHOLE:
             self.full = found
         else:
@@ -353,7 +351,7 @@ class Predictor:
         job.parts = [_NOTHING] * len(job.tiles)
         if memory is not None and job.tiles:
             for number, found in memory.load(job.picture, len(job.tiles)).items():
-                job.keep(number, found, self._most_detections)
+                job.keep(number, found, self._is_capped(found))
                 numbers.remove(number)
         job.missing = len(numbers)
         return [_Look(job, number) for number in numbers]
@@ -390,7 +388,7 @@ class Predictor:
         for (look, _), found in zip(batch, self._detect([image for _, image in batch], sizes), strict=True):
             job = look.job
             job.missing -= 1
-            job.keep(look.number, found, self._most_detections)
+            job.keep(look.number, found, self._is_capped(found))
             if memory is not None and job.tiles:
                 memory.save(job.picture, len(job.tiles), look.number, found)
 
@@ -403,16 +401,19 @@ class Predictor:
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
         ):
             output: DetectorOutput = self.model(batch.images, batch.padding_mask)
-        found = select_detections(output, original_hw, self.num_select, self._lowest_score)
+        # With thresholds by class and size nothing is left out before the tiles are merged: the thresholds are for
+        # merged boxes.
+        return select_detections(output, original_hw, self.num_select, self._lowest_score)
+
+    def _is_capped(self, found: Found) -> bool:
+        """Whether everything that a passage can give is above its threshold, so that there may be more objects."""
+        boxes, scores, labels = found
+        if len(scores) < self._most_detections:
+            return False
         if self.calibration is None:
-            return found
-        # The thresholds by class and size are for merged boxes; far below them nothing can be of use.
-        kept = []
-        for boxes, scores, labels in found:
-            lowest = _SURELY_BELOW * self.calibration.thresholds(boxes, labels)
-            likely = self.calibration.calibrate(boxes, scores, labels) >= lowest
-            kept.append((boxes[likely], scores[likely], labels[likely]))
-        return kept
+            return True
+        counts = self.calibration.calibrate(boxes, scores, labels) >= self.calibration.thresholds(boxes, labels)
+        return bool(counts.all())
 
     def _finish(self, job: _Job) -> Prediction:
         """The detections of a picture from those of its looks."""

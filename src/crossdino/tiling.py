@@ -13,6 +13,9 @@ from typing import Literal
 from crossdino.config import InferenceConfig
 from crossdino.errors import InputError
 
+# A tile is held in memory as a whole, also where the image is smaller, and as a file it must be one that Pillow opens.
+LARGEST_TILE_PX = 12288
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -46,8 +49,10 @@ def tile_starts(length: int, size: int, overlap: int) -> list[int]:
         The starts, ascending; [0] where one tile is enough.
 
     Raises:
-        InputError: the overlap is not smaller than the tile.
+        InputError: the overlap is not smaller than the tile, or the tile is larger than `LARGEST_TILE_PX`.
     """
+    if size > LARGEST_TILE_PX:
+        raise InputError(f"tiles of {size} px are too large: give at most {LARGEST_TILE_PX} px, or 0 for whole images")
     if size < 1 or not 0 <= overlap < size:
         raise InputError(f"tiles of {size} px cannot overlap by {overlap} px: give an overlap of 0 to {size - 1} px")
     if length <= size:

@@ -268,3 +268,10 @@ def test_long_and_foreign_names_become_files(tmp_path: Path) -> None:
     for number, record in enumerate(found.records, start=1):
         with Image.open(record.path) as file:
             assert file.getpixel((0, 0)) == (number, 0, 0) and file.getpixel((39, 39)) == (0, 0, 0)
+
+
+def test_images_of_which_no_tile_is_wanted_were_not_cut_before(source: Path, tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, empty=0.0)
+    first, second = (cut_dataset(load_coco(source), tmp_path / "out", "val", settings) for _ in range(2))
+    assert (first.num_images, first.num_cut_before) == (4, 0)
+    assert (second.num_images, second.num_cut_before) == (4, 3), "one image is empty"

@@ -50,6 +50,14 @@ def test_small_objects_in_large_images_become_large_enough() -> None:
     assert dataclasses.replace(data, tile_size="auto", tile_overlap=64) == AUTO.data
 
 
+def test_images_of_very_different_sizes_are_judged_by_those_that_lack_something() -> None:
+    """Half of the objects, in the one large image, have 0.5 px; enlarging the small ones does not help them."""
+    large, small = make_index((8000, 8000), squares(5, 5, 10), 1), make_index((100, 100), squares(5, 5, 1), 10)
+    config, line = with_tiles(AUTO, dataclasses.replace(large, records=(*large.records, *small.records)))
+    assert 0 < config.data.tile_px < 1000, line
+    assert 800 / config.data.tile_px * 5 >= 8, "a token for each"
+
+
 @pytest.mark.parametrize(
     ("hw", "sides", "words"),
     [

@@ -158,6 +158,16 @@ def test_no_more_empty_tiles_than_there_are(index) -> None:
     assert len(dataset) == len(DetectionDataset(index, TILES, train=False))
 
 
+def test_without_any_object_an_epoch_takes_all_tiles(tmp_path: Path) -> None:
+    """A crowd is no object. An epoch of nothing would end as a training that has learnt nothing, or in a crash."""
+    objects = [[{"bbox": [2, 2, 10, 10], "category_id": 2, "iscrowd": 1}], []]
+    index = load_coco(write(tmp_path, [np.zeros((40, 60, 3), dtype=np.uint8)] * 2, objects))
+    for share in (0.0, 0.25):
+        dataset = DetectionDataset(index, dataclasses.replace(TILES, empty_tiles=share, balance=0.5), train=True)
+        assert len(dataset) == 4
+        assert sorted(dataset[item][1].image_id for item in range(4)) == [1, 1, 2, 2]
+
+
 def test_crowds_become_ignored_regions_of_their_class(tmp_path: Path) -> None:
     objects = [
         {"bbox": [2, 2, 10, 10], "category_id": 2, "iscrowd": 1},

@@ -78,7 +78,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """Our own warnings as one line, like our errors; those of others as Python shows them."""
-    if category.__module__.partition(".")[0] == __package__.partition(".")[0]:
+    if category.__module__.partition(".")[0] == __name__.partition(".")[0]:
         text = f"crossdino: warning: {' '.join(str(message).split())}\n"
     else:
         text = warnings.formatwarning(message, category, filename, lineno, line)

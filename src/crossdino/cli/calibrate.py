@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crossdino.cli.output import check_destinations, choose_device, make_console, write_json, write_text
-from crossdino.cli.values import add_tile_options, number, positive
+from crossdino.cli.values import TILE_OPTIONS, add_tile_options, number, positive
 from crossdino.errors import InputError
 
 if TYPE_CHECKING:
@@ -114,14 +114,31 @@ def run_calibrate(options: argparse.Namespace) -> int:
         console.print("nothing is stored: name the model with --weights")
         return 0
     place, used = _store(options, report.calibration)
+    assert inference is not None, "comes with the model"
+    words = ["crossdino predict --weights", used, "--threshold auto", *_as_options(inference, model.inference)]
     console.print(
-        f"written: {place}; use it with `crossdino predict --weights {used} --threshold auto`",
+        f"written: {place}; use it with `{' '.join(words)}`",
         soft_wrap=True,
         markup=False,
     )
     for line in report.calibration.differences(vars(model.inference)):
         console.print(f"predict with the settings of this fit: by itself the model's {line}", soft_wrap=True)
     return 0
+
+
+def _as_options(inference: InferenceConfig, own: InferenceConfig) -> list[str]:
+    """The options with which a prediction looks at images as this fit did."""
+    from crossdino.evaluation.calibration import INFERENCE_SETTINGS
+
+    words: list[str] = []
+    for name in INFERENCE_SETTINGS:
+        value, option = getattr(inference, name), name.replace("_", "-")
+        # The overlap that goes with a size need not be the one of the fit.
+        of_size = name == "tile_overlap" and inference.tile_size not in (0, own.tile_size)
+        if value == getattr(own, name) and not of_size:
+            continue
+        words.append(f"--{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"--{option} {value}")
+    return words
 
 
 def _store(options: argparse.Namespace, calibration: Calibration) -> tuple[Path, str]:
@@ -144,6 +161,10 @@ def _check_options(options: argparse.Namespace) -> None:
     """Whether the options go together; before anything takes time."""
     if options.weights is None and options.predictions is None:
         raise InputError("give --weights (the model to calibrate), or --predictions (to look at a file of detections)")
+    of_model = ("num_select", "short_side", "long_side", *TILE_OPTIONS)
+    given = next((name for name in of_model if getattr(options, name) is not None), None)
+    if options.weights is None and given is not None:
+        raise InputError(f"--{given.replace('_', '-')} says how a model looks at images: give --weights too")
     if options.predictions is not None and options.predictions_out is not None:
         raise InputError("--predictions-out goes without --predictions: the detections are there already")
     check_destinations(options.json, options.predictions_out)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crossdino.cli.output import check_destinations, choose_device, make_console, num_cores, write_json, write_text
+from crossdino.cli.values import TILE_OPTIONS
 from crossdino.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,15 +18,12 @@ if TYPE_CHECKING:
     from crossdino.evaluation.caps import Look
 
 
-_TILE_OPTIONS = ("tile_size", "tile_overlap", "merge", "merge_iou", "full_image")
-
-
 def run_evaluate(options: argparse.Namespace) -> int:
     """Measure, print the table and write what is asked for."""
     if (options.weights is None) == (options.predictions is None):
         raise InputError("give either --predictions (a COCO results file) or --weights (a model to run)")
     check_destinations(options.json, options.predictions_out)
-    of_model = ("images", "predictions_out", "num_select", *_TILE_OPTIONS)
+    of_model = ("images", "predictions_out", "num_select", *TILE_OPTIONS)
     given = next((name for name in of_model if getattr(options, name) is not None), None)
     if options.predictions is not None and given is not None:
         word = given.replace("_", "-")
@@ -64,7 +62,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 def _content(source: Any) -> Any:
     """What a JSON file holds that was read and found good before, or the object itself."""
-    return json.loads(Path(source).read_text(encoding="utf-8")) if isinstance(source, (str, Path)) else source
+    return json.loads(Path(source).read_text(encoding="utf-8-sig")) if isinstance(source, (str, Path)) else source
 
 
 def _is_one_file(ground_truth: str) -> bool:

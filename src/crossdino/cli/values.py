@@ -59,6 +59,10 @@ def tile_size(text: str) -> int | Literal["auto"]:
     return int(text)
 
 
+TILE_OPTIONS = ("tile_size", "tile_overlap", "merge", "merge_iou", "full_image")
+"""What `add_tile_options` adds."""
+
+
 def add_tile_options(parser: argparse.ArgumentParser) -> None:
     """The options that say how images are cut and put together; None: the model's own settings."""
     parser.add_argument(
@@ -68,7 +72,10 @@ def add_tile_options(parser: argparse.ArgumentParser) -> None:
         help="cut images into tiles of this side; 0: whole images; auto: objects as large as in training (the model's)",
     )
     parser.add_argument(
-        "--tile-overlap", type=not_negative, metavar="PX", help="of neighbouring tiles in pixels (the model's own)"
+        "--tile-overlap",
+        type=not_negative,
+        metavar="PX",
+        help="of neighbouring tiles in pixels, at least (the model's own, a quarter of small tiles)",
     )
     parser.add_argument(
         "--merge", choices=("seam", "nms", "soft"), help="how the tiles' detections are put together (the model's own)"

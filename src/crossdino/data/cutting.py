@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from crossdino.data.images import ImageError, read_image
 from crossdino.data.index import IGNORED_LABEL, DatasetIndex, ImageRecord
@@ -68,7 +69,7 @@ class CutResult:
     Attributes:
         annotations: the COCO file.
         num_images: images of the source that were cut, now or before.
-        num_cut_before: how many of them were finished when this run began.
+        num_cut_before: how many of them had tiles, and all of them, when this run began.
         num_tiles: tiles written, of all images.
         num_empty, num_left_out: tiles without objects among them, and those that were left out.
         num_objects, num_ignored: annotations, and regions to ignore among them.
@@ -165,7 +166,7 @@ def cut_dataset(
     return CutResult(
         annotations,
         total - len(broken),
-        total - len(tasks),
+        sum(map(bool, plan)) - len(tasks),  # images of which no tile is wanted are not cut at all
         len(document["images"]),
         len(document["images"]) - len(with_objects),
         num_all - len(document["images"]),
@@ -390,9 +391,12 @@ def _cut_image(task: _Task) -> tuple[int, str | None]:
     if image.size != (record.width, record.height):
         size = f"{image.width} x {image.height} pixels instead of {record.width} x {record.height}"
         return record.image_id, f"image {record.path} has {size}; it was changed after the start: restore it"
+    pixels = np.asarray(image)
     for name, tile in files:
-        # Pillow fills what lies beyond the image with black.
-        cut = image.crop((tile.left, tile.top, tile.left + tile.width, tile.top + tile.height))
+        shown = pixels[tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]
+        black = np.zeros((tile.height, tile.width, 3), np.uint8)
+        black[: shown.shape[0], : shown.shape[1]] = shown
+        cut = Image.fromarray(black)
         partial = folder / f".{name}.partial"
         try:
             if settings.image_format == "png":

@@ -108,7 +108,9 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             place = np.searchsorted(self._full, items)
             self.repeats = repeat_factors(place, labels, len(self._full), len(index.class_names), data.balance)
         self._num_full = self.repeats.length if self.repeats is not None else len(self._full)
-        self._num_empty = min(len(self._empty), round(data.empty_tiles * max(self._num_full, 1)))
+        # Without any object all tiles are taken, as all images would be; an epoch of nothing is none.
+        wanted = round(data.empty_tiles * self._num_full) if self._num_full else len(self._empty)
+        self._num_empty = min(len(self._empty), wanted)
         self._chosen: tuple[int, NDArray[np.int64]] | None = None
 
     @property

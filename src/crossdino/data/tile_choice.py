@@ -74,8 +74,9 @@ def choose_size(split: SplitObjects, data: DataConfig, first_stride: int, *, fix
     data = dataclasses.replace(data, tile_size=0)
     if not len(split):
         return SizeChoice("keep", "no object tells which size is needed")
-    tenth, median = np.percentile(network_sizes(split, data), (10, 50)).tolist()
-    scale = float(np.median(network_scales(split.image_hw, data)[split.image_of]))
+    sizes, scales = network_sizes(split, data), network_scales(split.image_hw, data)[split.image_of]
+    tenth, median = np.percentile(sizes, (10, 50)).tolist()
+    scale = float(np.median(scales))
     growth = max(first_stride / tenth, 2 * first_stride / median)
     goal = (
         f"a token of the finest level covers {first_stride} px: at the network's input the smallest tenth of the "
@@ -88,13 +89,16 @@ def choose_size(split: SplitObjects, data: DataConfig, first_stride: int, *, fix
         return SizeChoice("resize", reason, max(scale * growth, LARGEST_ENLARGEMENT) / scale)
     if growth <= 1:
         return SizeChoice("keep", f"{goal}: {found}")
+    # Where images differ in size, those count whose objects are too small.
+    short = sizes < 2 * first_stride
+    scale, image_hw = float(np.median(scales[short])), split.image_hw[np.unique(split.image_of[short])]
     target = min(scale * growth, max(LARGEST_ENLARGEMENT, scale))
     if target <= scale * TOLERANCE:
         return SizeChoice("keep", f"{goal}: {found}; more pixels would add little")
-    pixels = float(np.median(split.image_hw.prod(1))) * target**2
+    pixels = float(np.median(image_hw.prod(1))) * target**2
     if pixels <= WHOLE_IMAGE_LIMIT * data.test_short_side * data.test_long_side:
         return SizeChoice("resize", f"{goal}; {found}", target / scale)
-    median_wh = np.median(split.image_hw, axis=0)[::-1].tolist()
+    median_wh = np.median(image_hw, axis=0)[::-1].tolist()
     reason = (
         f"{goal}; {found}, and whole images that would give them that are too large "
         f"({' x '.join(f'{side * target:.0f}' for side in median_wh)} px)"

@@ -300,7 +300,7 @@ def _load(source: object, role: str) -> tuple[Any, str]:
     if not isinstance(source, (str, Path)):
         return source, role
     try:
-        with open(source, encoding="utf-8") as file:
+        with open(source, encoding="utf-8-sig") as file:
             return json.load(file), str(source)
     except OSError as error:
         raise InputError(f"{source} cannot be read ({error.strerror}): check the path of {role}") from error
