@@ -1,22 +1,29 @@
 """Which way of merging is best on crowded scenes, and how long 200,000 boxes take.
 
     python benchmarks/merging.py [--ground-truth COCO.json ...] [--csv results.csv] [--images 6]
-    python benchmarks/merging.py --speed [--boxes 200000]
+    python benchmarks/merging.py --weights MODEL --ground-truth COCO.json ... [--tile-size 256 300]
+    python benchmarks/merging.py --speed [--boxes 200000] [--torchvision 20000]
 
 A simulated detector looks at every tile. It sees the visible part of each object, misses some, the more the less of
 an object is visible, is off by a share of the object's size and a pixel, doubles some with a lower score, and finds
 things that are not there. Scenes: objects of several sizes and densities, in rows of neighbours that touch or overlap,
-some larger than the tiles' overlap; or the real objects of `--ground-truth`. Seeds are fixed. AP is that of
-`crossdino.evaluation`; the other counts are at a score of 0.3: `doubles`, detections beyond the first that lie on an
-object (IoU 0.3); `lost`, objects that no detection of their own is left for although some tile detected them.
+some larger than the tiles' overlap; or the real objects of `--ground-truth`. With `--weights` a real model looks at
+their images. Seeds are fixed. AP is that of `crossdino.evaluation`; the other counts are at a score of 0.3: `doubles`,
+detections beyond the first that lie on an object (IoU 0.3); `lost`, objects that no detection of their own is left for
+although some tile detected them.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
+import os
+import platform
+import statistics
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +34,10 @@ from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import batched_nms, box_iou
 
+from crossdino import CrossDINO, Predictor
 from crossdino.evaluation.average_precision import evaluate_detections
 from crossdino.merging import merge_detections
+from crossdino.sources import as_picture
 from crossdino.tiling import Tile, tile_grid
 
 MODES = ("seam", "nms", "soft")
@@ -58,9 +67,8 @@ def detect(rng: np.random.Generator, truth: np.ndarray, labels: np.ndarray, tile
     share = sides.prod(1) / (truth[:, 2:] - truth[:, :2]).prod(1)
     found = np.flatnonzero((sides.min(1) > 3) & (rng.random(len(truth)) < 0.95 * np.clip(share * 2, 0, 1) ** 0.5))
     found = np.concatenate((found, found[rng.random(len(found)) < 0.15]))
-    double = np.concatenate((np.zeros(len(found), bool), np.ones(0, bool)))
-    double[np.unique(found, return_index=True)[1]] = True
-    double = ~double
+    double = np.ones(len(found), bool)
+    double[np.unique(found, return_index=True)[1]] = False
     boxes, size = visible[found], np.tile(sides[found], 2)
     boxes = boxes + rng.normal(0, 1, boxes.shape) * (0.5 + 0.04 * size)
     logits = rng.normal(1.2, 0.8, len(found)) + 0.8 * np.log(np.maximum(share[found], 0.05)) - 2 * double
@@ -93,16 +101,48 @@ def counts(found: tuple[Any, Any, Any], truth: np.ndarray, labels: np.ndarray, s
     return int(on_object.sum() - matched.sum()), int((seen & ~own).sum())
 
 
-def measure(
-    name: str, images: list[tuple[np.ndarray, np.ndarray, tuple[int, int]]], size: int, overlap: int
-) -> list[dict[str, Any]]:
+def simulate(
+    images: list[tuple[np.ndarray, np.ndarray, tuple[int, int]]], size: int, overlap: int
+) -> Iterator[tuple[list[Tile], list[Any]]]:
+    """Tiles of each image, and what the simulated detector finds there."""
     rng = np.random.default_rng(0)
+    for truth, labels, hw in images:
+        tiles = tile_grid(hw, size, overlap)
+        yield tiles, [detect(rng, truth, labels, tile) for tile in tiles]
+
+
+def look(
+    predictor: Predictor, paths: list[Path], hws: list[tuple[int, int]], size: int, overlap: int
+) -> Iterator[tuple[list[Tile], list[Any]]]:
+    """Tiles of each image, and what a real model finds there."""
+    for path, hw in zip(paths, hws, strict=True):
+        tiles = tile_grid(hw, size, overlap)
+        with as_picture(path) as picture:
+            found = list(predictor.predict_many(picture.read(tile) for tile in tiles))
+        yield tiles, [tuple(map(torch.from_numpy, (d.xyxy, d.confidence, d.class_id))) for d in found]
+
+
+def measure(
+    name: str,
+    images: list[tuple[np.ndarray, np.ndarray, tuple[int, int]]],
+    size: int,
+    overlap: int,
+    looks: Iterable[tuple[list[Tile], list[Any]]] | None = None,
+    full_share: float | None = None,
+) -> list[dict[str, Any]]:
+    """A row for each mode. With `full_share` a look at the whole image, reduced by so much, is joined in."""
+    rng = np.random.default_rng(2)
     results: dict[str, list[Any]] = {mode: [] for mode in MODES}
     totals = {mode: [0, 0] for mode in MODES}
     objects: list[dict[str, Any]] = []
-    for number, (truth, labels, hw) in enumerate(images, start=1):
-        tiles = tile_grid(hw, size, overlap)
-        parts = [detect(rng, truth, labels, tile) for tile in tiles]
+    looks = simulate(images, size, overlap) if looks is None else looks
+    for number, ((truth, labels, hw), (tiles, parts)) in enumerate(zip(images, looks, strict=True), start=1):
+        full = None
+        if full_share is not None:
+            boxes, scores, classes = detect(
+                rng, truth * full_share, labels, Tile(0, 0, *(int(x * full_share) for x in hw))
+            )
+            full = boxes / full_share, scores, classes
         seen = np.zeros(len(truth), bool)
         for (boxes, scores, classes), tile in zip(parts, tiles, strict=True):
             moved = boxes[scores >= 0.3] + torch.tensor([tile.left, tile.top] * 2)
@@ -112,7 +152,7 @@ def measure(
             bbox = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
             objects.append({"image_id": number, "category_id": int(label) + 1, "bbox": bbox, "id": len(objects) + 1})
         for mode in MODES:
-            found = merge_detections(parts, tiles, hw, 0.5, mode)
+            found = merge_detections(parts, tiles, hw, 0.5, mode, full)
             doubles, lost = counts(found, truth, labels, seen)
             totals[mode][0] += doubles
             totals[mode][1] += lost
@@ -137,8 +177,8 @@ def measure(
     return rows
 
 
-def read_truth(path: Path, limit: int) -> list[tuple[np.ndarray, np.ndarray, tuple[int, int]]]:
-    """The most crowded images of a COCO file."""
+def read_truth(path: Path, limit: int) -> tuple[list[tuple[np.ndarray, np.ndarray, tuple[int, int]]], list[Path]]:
+    """The most crowded images of a COCO file, and their files."""
     data = json.loads(path.read_text(encoding="utf-8"))
     order = {category["id"]: number for number, category in enumerate(data["categories"])}
     by_image: dict[int, list[Any]] = {}
@@ -147,21 +187,32 @@ def read_truth(path: Path, limit: int) -> list[tuple[np.ndarray, np.ndarray, tup
             by_image.setdefault(item["image_id"], []).append(item)
     chosen = sorted(
         (image for image in data["images"] if image["id"] in by_image), key=lambda image: -len(by_image[image["id"]])
-    )
+    )[:limit]
     images = []
-    for image in chosen[:limit]:
+    for image in chosen:
         boxes = np.array([item["bbox"] for item in by_image[image["id"]]], dtype=np.float32)
         boxes[:, 2:] += boxes[:, :2]
         labels = np.array([order[item["category_id"]] for item in by_image[image["id"]]])
         images.append((boxes, labels, (image["height"], image["width"])))
-    return images
+    return images, [path.parent / image["file_name"] for image in chosen]
 
 
 def quality(options: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
-    if options.ground_truth:
+    if options.weights:
+        model = CrossDINO.from_pretrained(options.weights)
+        truths = [read_truth(path, options.images) for path in options.ground_truth]
+        images = [image for some, _ in truths for image in some]
+        paths = [path for _, some in truths for path in some]
+        # Every tile is resized as the model resizes images.
+        predictor = Predictor(model, tile_size=0, batch_size=4, num_threads=1)
+        for size in options.tile_size:
+            for overlap in (0, size // 8, size // 4):
+                looks = look(predictor, paths, [hw for _, _, hw in images], size, overlap)
+                rows += measure(options.weights.name, images, size, overlap, looks)
+    elif options.ground_truth:
         for path in options.ground_truth:
-            images = read_truth(path, options.images)
+            images, _ = read_truth(path, options.images)
             size = max(64, min(min(hw) for _, _, hw in images) // 2)
             for overlap in (0, size // 8, size // 4):
                 rows += measure(path.stem, images, size, overlap)
@@ -181,7 +232,9 @@ def quality(options: argparse.Namespace) -> None:
                 for _ in range(options.images)
             ]
             rows += measure(name, scenes, 320, overlap)
-    table = Table(title="merging, by a simulated detector; doubles and lost at score 0.3")
+            if object_px == 150:
+                rows += measure(f"{name}, full", scenes, 320, overlap, full_share=0.25)
+    table = Table(title="merging; doubles and lost at score 0.3")
     for header in rows[0]:
         table.add_column(header, justify="left" if header in ("scene", "mode") else "right")
     for number, row in enumerate(rows, start=1):
@@ -194,38 +247,71 @@ def quality(options: argparse.Namespace) -> None:
             writer.writerows(rows)
 
 
+def processor() -> str:
+    """The name of the machine's processor, as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def heap_of_boxes(
+    rng: np.random.Generator, count: int, side: int, tiles: list[Tile], low: float, high: float, spot: float | None
+) -> list[Any]:
+    """Boxes all over the image, or all at one place (`spot`, a share of its side), as its tiles report them."""
+    extent = np.exp(rng.uniform(np.log(low), np.log(high), (count, 2)))
+    middle = rng.uniform(0, side, (count, 2)) if spot is None else rng.normal(spot * side, 3, (count, 2))
+    corners = np.array([[tile.left, tile.top] for tile in tiles])
+    size = tiles[0].width
+    # Of the tiles that see a box's middle any one.
+    options = [np.flatnonzero(((corners <= m) & (m <= corners + size)).all(1)) for m in middle[: 1 if spot else 0]]
+    if spot is None:
+        columns = np.unique(corners[:, 0])
+        place = [np.searchsorted(columns, middle[:, k], "right") - 1 for k in (0, 1)]
+        tile_of = place[1] * len(columns) + place[0]
+    else:
+        tile_of = rng.choice(options[0], count)
+    order = np.argsort(tile_of, kind="stable")
+    shift = np.tile(corners[tile_of], 2)
+    boxes = np.clip(np.concatenate((middle - extent / 2, middle + extent / 2), 1) - shift, 0, size)
+    boxes, scores = torch.from_numpy(boxes[order].astype(np.float32)), torch.from_numpy(rng.random(count, np.float32))
+    labels = torch.zeros(count, dtype=torch.int64)
+    edges = np.searchsorted(tile_of[order], np.arange(len(tiles) + 1))
+    return [(boxes[a:b], scores[a:b], labels[a:b]) for a, b in itertools.pairwise(edges)]
+
+
 def speed(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    rng, count = np.random.default_rng(0), options.boxes
-    print("|", " | ".join(("scene", "tiles", *MODES, "torchvision batched_nms")), "|\n|", "---|" * 6, sep="")
-    for name, side, size, overlap, spread, low, high in (
-        ("spread", 20000, 640, 64, 1.0, 10, 40),
-            ("4 to 600 px", 20000, 640, 64, 1.0, 4, 600),
-            ("half overlap", 20000, 640, 320, 1.0, 10, 40),
-        ("many tiles", 20000, 128, 32, 1.0, 4, 60),
-            ("dense", 4000, 640, 64, 1.0, 10, 40), ("4 to 3000 px", 20000, 4000, 400, 1.0, 4, 3000),
-        ("one spot", 1216, 640, 64, 0.005, 20, 40),
-    ):  # fmt: skip
+    print(processor(), "- one thread; seconds (boxes left), median of", options.repeat)
+    print("|", " | ".join(("scene", "tiles", "boxes", *MODES, "torchvision")), "|\n|", "---|" * 7, sep="")
+    for name, side, size, overlap, low, high, spot in (
+        ("10 to 40 px", 20000, 640, 64, 10, 40, None),
+        ("4 to 3000 px", 20000, 640, 64, 4, 3000, None),
+        ("4 to 3000 px, large tiles", 20000, 4000, 400, 4, 3000, None),
+        ("many tiles", 51200, 512, 0, 10, 60, None),
+        ("all at one spot, 4 to 3000 px", 8000, 640, 64, 4, 3000, 0.5),
+    ):
         tiles = tile_grid((side, side), size, overlap)
-        tile_of = np.sort(rng.integers(0, len(tiles), count))
-        extent = np.exp(rng.uniform(np.log(low), np.log(high), (count, 2)))
-        middle = rng.uniform(0.5 - spread / 2, 0.5 + spread / 2, (count, 2)) * size
-        boxes = torch.from_numpy(
-            np.clip(np.concatenate((middle - extent / 2, middle + extent / 2), 1), 0, size).astype(np.float32)
-        )
-        scores, labels = torch.from_numpy(rng.random(count).astype(np.float32)), torch.zeros(count, dtype=torch.int64)
-        edges = np.searchsorted(tile_of, np.arange(len(tiles) + 1))
-        parts = [(boxes[a:b], scores[a:b], labels[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
-        cells = []
-        for mode in MODES:
-            start = time.perf_counter()
-            left = len(merge_detections(parts, tiles, (side, side), 0.5, mode)[0])
-            cells.append(f"{time.perf_counter() - start:.1f} ({left})")
-        corners = torch.tensor([[tiles[k].left, tiles[k].top] * 2 for k in tile_of], dtype=torch.float32)
-        start = time.perf_counter()
-        left = len(batched_nms(boxes + corners, scores, labels, 0.5))
-        cells.append(f"{time.perf_counter() - start:.1f} ({left})")
-        print("|", " | ".join((name, str(len(tiles)), *cells)), "|", flush=True)
+        for count in sorted({*options.torchvision, options.boxes}):
+            parts = heap_of_boxes(np.random.default_rng(0), count, side, tiles, low, high, spot)
+            times: dict[str, list[float]] = {}
+            left: dict[str, int] = {}
+            for _ in range(options.repeat):
+                for mode in MODES:
+                    start = time.process_time()
+                    left[mode] = len(merge_detections(parts, tiles, (side, side), 0.5, mode)[0])
+                    times.setdefault(mode, []).append(time.process_time() - start)
+                if count in options.torchvision:
+                    moved = [p[0] + torch.tensor([t.left, t.top] * 2) for p, t in zip(parts, tiles, strict=True)]
+                    boxes, scores, labels = torch.cat(moved), *(torch.cat([p[k] for p in parts]) for k in (1, 2))
+                    start = time.process_time()
+                    left["torchvision"] = len(batched_nms(boxes, scores, labels, 0.5))
+                    times.setdefault("torchvision", []).append(time.process_time() - start)
+            cells = [
+                f"{statistics.median(times[mode]):.2f} ({left[mode]})" if mode in times else ""
+                for mode in (*MODES, "torchvision")
+            ]
+            print("|", " | ".join((name, str(len(tiles)), str(count), *cells)), "|", flush=True)
 
 
 def main() -> None:
@@ -233,9 +319,19 @@ def main() -> None:
     parser.add_argument("--ground-truth", type=Path, nargs="+", help="COCO files whose objects are taken")
     parser.add_argument("--images", type=int, default=6, help="images a scene; of a file the most crowded")
     parser.add_argument("--csv", type=Path, help="also write the numbers there")
+    parser.add_argument(
+        "--weights", type=Path, help="a model folder that looks at the tiles of --ground-truth's images"
+    )
+    parser.add_argument("--tile-size", type=int, nargs="+", default=[256, 300], help="of --weights")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--boxes", type=int, default=200_000, help="of --speed")
+    parser.add_argument(
+        "--torchvision", type=int, nargs="*", default=[20_000], help="of --speed: boxes for torchvision"
+    )
+    parser.add_argument("--repeat", type=int, default=1, help="of --speed")
     options = parser.parse_args()
+    if options.weights and not options.ground_truth:
+        parser.error("--weights looks at the images of --ground-truth: name COCO files")
     (speed if options.speed else quality)(options)
 
 

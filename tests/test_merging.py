@@ -69,9 +69,11 @@ def test_objects_on_every_seam_come_out_once(overlap: int, size: tuple[int, int]
     boxes, scores, _ = merge_detections(oracle(truth, tiles), tiles, hw)
     assert sorted(boxes.tolist()) == sorted(truth.tolist())
     assert (scores.diff() <= 0).all()
-    # A detector that is off by up to 1 px: recall 1.0, duplicates 0.
-    boxes, _, _ = merge_detections(oracle(truth, tiles, noise_px=1), tiles, hw)
-    assert len(boxes) == len(truth) and (box_iou(boxes, truth).amax(0) > 0.5).all()
+    # A detector that is off by up to 2 px: recall 1.0, duplicates 0. (Of 12 px objects two such looks may overlap by a
+    # third only, below the IoU of 0.5 at which they are one.)
+    for noise_px in (1.0,) if size == (12, 12) else (1.0, 1.5, 2.0):
+        boxes, _, _ = merge_detections(oracle(truth, tiles, noise_px), tiles, hw)
+        assert len(boxes) == len(truth) and (box_iou(boxes, truth).amax(0) > 0.5).all()
 
 
 def test_tiles_that_overlap_unevenly_or_by_more_than_half() -> None:
@@ -98,6 +100,70 @@ def test_neighbours_that_touch_at_a_seam_stay_two() -> None:
             pairs = pairs[: len(pairs) // 2]
         boxes, _, _ = merge_detections(oracle(pairs, tiles), tiles, hw)
         assert sorted(boxes.tolist()) == sorted(pairs.tolist())
+
+
+@pytest.mark.parametrize("overlap", [0, 8, 16])
+def test_what_touches_exactly_at_a_border_is_one_without_overlap_and_two_with_some(overlap: int) -> None:
+    hw = (512 - overlap, 512 - overlap)
+    tiles = tile_grid(hw, 256, overlap)
+    for side, x in itertools.product((14.0, 24, 60, 100), seams(tiles, hw)[0]):
+        truth = []
+        for y in np.arange(2, hw[0] - side, side + 6):
+            truth += [[x - side, y, x, y + side], [x, y, x + side, y + side]]
+        # Without an overlap nothing tells the halves of one object from two objects.
+        pairs = zip(truth[::2], truth[1::2], strict=True)
+        expected = truth if overlap else [[*left[:2], *right[2:]] for left, right in pairs]
+        boxes, _, _ = merge_detections(oracle(torch.tensor(truth), tiles), tiles, hw)
+        assert sorted(boxes.tolist()) == sorted(expected), (side, x)
+
+
+def test_doubles_of_one_tile_are_one_object_only_above_an_iou_of_seven_tenths() -> None:
+    tile = [Tile(0, 0, 100, 100)]
+    for shift, left in ((1.5, 1), (2.5, 2)):  # of 12 px: IoU 0.78 and 0.66
+        boxes = torch.tensor([[20.0, 20, 32, 40], [20 + shift, 20, 32 + shift, 40]])
+        part = boxes, torch.tensor([0.9, 0.8]), torch.zeros(2, dtype=torch.int64)
+        assert len(merge_detections([part], tile, (100, 100))[0]) == left
+        assert len(merge_detections([part], tile, (100, 100), mode="soft")[0]) == left
+
+
+def test_a_part_gives_way_only_to_a_whole_box_that_is_worth_it() -> None:
+    """The left tile sees all of an object, the right one a half of it."""
+    tiles, hw, zero = [Tile(0, 0, 100, 120), Tile(0, 80, 100, 120)], (100, 200), torch.tensor([0])
+    whole, part = torch.tensor([[60.0, 20, 100, 50]]), torch.tensor([[0.0, 20, 20, 50]])
+    for score, left in ((0.46, 1), (0.44, 2)):
+        found = merge_detections([(whole, torch.tensor([score]), zero), (part, torch.tensor([0.9]), zero)], tiles, hw)
+        assert len(found[0]) == left
+    # Cut again by a third of the object's height: the IoU is below 0.5, but all of it is covered.
+    sliver = torch.tensor([[0.0, 20, 20, 32]])
+    found = merge_detections([(whole, torch.tensor([0.8]), zero), (sliver, torch.tensor([0.9]), zero)], tiles, hw)
+    assert found[0].tolist() == whole.tolist()
+
+
+def test_of_two_parts_that_agree_with_one_the_better_is_joined() -> None:
+    tiles, hw = tile_grid((100, 200), 100, 0), (100, 200)
+    left = torch.tensor([[60.0, 20, 100, 40]]), torch.tensor([0.6]), torch.tensor([0])
+    right = torch.tensor([[0.0, 25, 30, 45], [0.0, 20, 40, 39]]), torch.tensor([0.9, 0.7]), torch.tensor([0, 0])
+    boxes, scores, _ = merge_detections([left, right], tiles, hw)
+    # The other one lies in what was joined; the score is that of the best part.
+    assert boxes.tolist() == [[60, 20, 140, 40]] and scores.tolist() == pytest.approx([0.7])
+
+
+def test_a_piece_that_both_tiles_see_is_no_continuation() -> None:
+    tiles, hw = [Tile(0, 0, 100, 100), Tile(0, 60, 100, 100)], (100, 160)
+    left = torch.tensor([[50.0, 20, 100, 40]]), torch.tensor([0.9]), torch.tensor([0])
+    # The first agrees best along the seam, but ends where the left tile still sees.
+    right = torch.tensor([[0.0, 20, 15, 40], [0.0, 20, 60, 39]]), torch.tensor([0.5, 0.8]), torch.tensor([0, 0])
+    assert merge_detections([left, right], tiles, hw)[0].tolist() == [[50, 20, 120, 40]]
+
+
+def test_a_large_part_may_end_some_pixels_before_the_seam() -> None:
+    tiles, hw = tile_grid((300, 600), 300, 0), (300, 600)
+    zero, score = torch.tensor([0]), torch.tensor([0.9])
+    left = torch.tensor([[100.0, 50, 292, 200]]), score, zero  # 8 of 192 px
+    right = torch.tensor([[0.0, 50, 200, 200]]), score, zero
+    assert merge_detections([left, right], tiles, hw)[0].tolist() == [[100, 50, 500, 200]]
+    far = torch.tensor([[100.0, 50, 287, 200]]), score, zero  # beyond the most, 12 px
+    assert len(merge_detections([far, right], tiles, hw)[0]) == 2
 
 
 def test_crowds_of_one_tile_survive() -> None:
@@ -132,7 +198,8 @@ def test_look_at_the_whole_image(mode: MergeMode) -> None:
     small = torch.tensor([[10.0, 10, 30, 30]])
     large = torch.tensor([[40.0, 40, 800, 480]])
     parts = oracle(large, tiles)
-    parts[0] = tuple(torch.cat(pair) for pair in zip(parts[0], (small, torch.tensor([0.4]), zero), strict=True))
+    boxes, scores, labels = parts[0]
+    parts[0] = torch.cat((boxes, small)), torch.cat((scores, torch.tensor([0.4]))), torch.cat((labels, zero))
     full = (
         torch.cat((large + 3, small + 8, small + 1, torch.tensor([[100.0, 100, 120, 120]]))),
         torch.tensor([0.95, 0.9, 0.9, 0.8]),
@@ -144,6 +211,14 @@ def test_look_at_the_whole_image(mode: MergeMode) -> None:
         assert boxes[1:].tolist() == small.tolist()
     # What a tile holds is the tile's to say, also where it says nothing.
     assert len(merge_detections([empty] * 8, tiles, hw, 0.5, mode, full)[0]) == 1
+
+
+def test_what_the_reduced_image_shows_of_a_small_object_gives_way_to_the_joined_parts() -> None:
+    hw = (256, 512)
+    tiles = tile_grid(hw, 256, 0)
+    small = torch.tensor([[226.0, 50, 286, 110]])
+    full = small + torch.tensor([-4.0, -4, 4, 4]), torch.tensor([0.6]), torch.tensor([0])
+    assert merge_detections(oracle(small, tiles), tiles, hw, full=full)[0].tolist() == small.tolist()
 
 
 def random_boxes(rng: np.random.Generator, count: int, spread: float, mixed: bool) -> np.ndarray:
@@ -159,10 +234,7 @@ def iou_of(one: np.ndarray, two: np.ndarray) -> float:
 
 @pytest.mark.parametrize("max_pairs", [40, 10**6])  # in pieces, and all at once
 @pytest.mark.parametrize("spread", [3, 60])
-@pytest.mark.parametrize("own_iou", [0.7, 1.0])
-def test_suppression_equals_the_plain_loops(
-    monkeypatch: pytest.MonkeyPatch, max_pairs: int, spread: float, own_iou: float
-) -> None:
+def test_suppression_equals_the_plain_loops(monkeypatch: pytest.MonkeyPatch, max_pairs: int, spread: float) -> None:
     monkeypatch.setattr(suppression, "_MAX_PAIRS", max_pairs)
     rng = np.random.default_rng(0)
     for trial, iou in enumerate((0.1, 0.5, 0.65)):
@@ -171,10 +243,12 @@ def test_suppression_equals_the_plain_loops(
         scores = np.sort(rng.random(60))[::-1].astype(np.float32)
 
         def harm(one: int, two: int) -> float:
-            value = iou_of(boxes[one], boxes[two]) if labels[one] == labels[two] else 0.0  # noqa: B023
-            return value if value > (own_iou if views[one] == views[two] else iou) else 0.0  # noqa: B023
+            if labels[one] != labels[two] or views[one] == views[two]:  # noqa: B023
+                return 0.0
+            value = iou_of(boxes[one], boxes[two])  # noqa: B023
+            return value if value > iou else 0.0  # noqa: B023
 
-        crowd = Crowd(boxes, labels, np.arange(60), labels, views, own_iou)
+        crowd = Crowd(boxes, labels, np.arange(60), labels, views)
         kept: list[int] = []
         for box in range(60):
             if not any(harm(box, other) for other in kept):

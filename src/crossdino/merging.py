@@ -7,8 +7,12 @@ Three ways, of which `seam` is our own. Overlapping boxes are found by `crossdin
 - `seam`: knows where the seams are. What a tile has cut off gives way to what another tile saw whole, or is joined
   to its other parts; then greedy suppression between boxes of different tiles.
 
-In `soft` and `seam` boxes of one tile do not harm each other: a DETR gives a set, and two boxes of one set that overlap
-are two objects by the model's own opinion.
+In `soft` and `seam` boxes of one tile do not harm each other unless they are nearly the same: a DETR gives a set, and
+two boxes of one set that overlap are two objects by the model's own opinion. Near doubles go first, which also bounds
+the heaps that the rest has to look through.
+
+Without an overlap of the tiles, two objects of a class that touch at a seam and agree along it look like one object
+that was cut, and `seam` joins them; an overlap of 8 px or more keeps them apart.
 """
 
 from __future__ import annotations
@@ -49,8 +53,6 @@ _SEAM_PX, _SEAM_RATIO, _SEAM_MAX_PX = 2.0, 0.06, 12.0
 _WORTH = 0.5
 # A part is replaced as well if this share of it is covered, from this overlap on.
 _COVERED, _SLIVER_IOU = 0.6, 0.1
-# Parts of one tile, class and border that are tried for joining, the best ones: two tiles have the square of it.
-_MAX_PARTS = 1000
 # Soft-NMS leaves alone what overlaps by less (a factor of 0.98), and drops what has this share left of its score.
 _SOFT_IOU, _SOFT_FLOOR = 0.1, 0.01
 # Two boxes of one tile are two by the model's own opinion, unless they overlap by more than this.
@@ -125,30 +127,25 @@ def merge_detections(
     corners = corners.reshape(-1, 4)
     found, names = _collect(parts, tiles, corners, image_hw, full)
     if mode == "nms":
-        crowd = Crowd(found.boxes, found.labels, np.arange(len(found.boxes)), found.labels)
-        kept = found.take(greedy_suppression(crowd, iou))
+        kept = found.take(_suppressed(found, found.labels, iou))
     else:
         views = _Views(corners, image_hw, len(names))
+        # From then on only boxes of different tiles harm each other.
+        found = found.take(_suppressed(found, views.groups(found), max(iou, _OWN_IOU)))
         if mode == "seam":
             found = _merge_parts(found, views, iou)
-        everywhere = np.arange(len(found.boxes))
-        if mode == "soft":
-            # Doubles of one tile first; from then on only boxes of different tiles harm each other.
-            groups = views.groups(found)
-            found = found.take(greedy_suppression(Crowd(found.boxes, groups, everywhere, groups), _own_iou(iou)))
+            kept = found.take(_suppressed(found, found.labels, iou, found.views))
+        else:
             seen_twice = np.unique(views.others(found.boxes, found.views)[0])
             crowd = Crowd(found.boxes, found.labels, seen_twice, found.labels[seen_twice], found.views)
             scores = soft_suppression(crowd, found.scores, 2 * iou**2, _SOFT_IOU, _SOFT_FLOOR)
             kept = replace(found, scores=scores.astype(found.scores.dtype)).take(scores >= 0).sorted()
-        else:
-            crowd = Crowd(found.boxes, found.labels, everywhere, found.labels, found.views, _own_iou(iou))
-            kept = found.take(greedy_suppression(crowd, iou))
     return torch.from_numpy(kept.boxes), torch.from_numpy(kept.scores), torch.from_numpy(names[kept.labels])
 
 
-def _own_iou(iou: float) -> float:
-    """The overlap from which two boxes of one tile are one object."""
-    return max(iou, _OWN_IOU)
+def _suppressed(found: _Boxes, groups: Ints, iou: float, views: Ints | None = None) -> Ints:
+    """What greedy suppression leaves of each group; boxes of one view do not harm each other."""
+    return greedy_suppression(Crowd(found.boxes, groups, np.arange(len(groups)), groups, views), iou)
 
 
 def _collect(
@@ -346,7 +343,7 @@ def _facing_parts(found: _Boxes, snapped: Floats, views: _Views, axis: int) -> t
     what the other's tile sees; and they agree along the seam. Each has one partner, the one that agrees best.
     """
     across, corners = 1 - axis, views.corners
-    ends, begins = (_best_parts(found, views, found.cut[:, side]) for side in (axis + 2, axis))
+    ends, begins = (np.flatnonzero(found.cut[:, side]) for side in (axis + 2, axis))
     if not (len(ends) and len(begins)):
         return _NONE, _NONE
     # Every end with every tile that begins where its own sees, or where its own ends, and ends later.
@@ -382,17 +379,6 @@ def _intervals(boxes: Floats, across: int, low: Floats | float, high: Floats | f
     result[:, 2] = 1
     result[:, 1], result[:, 3] = np.maximum(boxes[:, across], low), np.minimum(boxes[:, across + 2], high)
     return result
-
-
-def _best_parts(found: _Boxes, views: _Views, cut: NDArray[np.bool_]) -> Ints:
-    """Positions of the cut boxes, of each tile and class the best only."""
-    part = np.flatnonzero(cut)
-    groups = views.groups(found)[part]
-    order = np.argsort(groups, kind="stable")
-    _, counts = np.unique(groups, return_counts=True)
-    rank = np.empty(len(part), dtype=np.int64)
-    rank[order] = spread(counts)[1]
-    return part[rank < _MAX_PARTS]
 
 
 def _mutual_best(first: Ints, second: Ints, value: Floats, views: Ints) -> tuple[Ints, Ints]:

@@ -38,9 +38,7 @@ class Crowd:
         who: (k,), positions of boxes, ascending. A box that is not named harms nobody and is not harmed.
         sought: (k,), the group in which this box looks for others; mutual, so that of two boxes both see each other
             or neither.
-        views: (n,), boxes of one view harm each other only above `own_iou`; None: there are no
-            views.
-        own_iou: 1 or more: boxes of one view do no harm to each other.
+        views: (n,), boxes of one view do not harm each other; None: there are no views.
     """
 
     boxes_xyxy: Floats
@@ -48,7 +46,6 @@ class Crowd:
     who: Ints
     sought: Ints
     views: Ints | None = None
-    own_iou: float = 1.0
 
     def take(self, chosen: Ints) -> Crowd:
         """The boxes of these positions, in this order."""
@@ -58,13 +55,11 @@ class Crowd:
         asking = np.flatnonzero(who >= 0)
         asking = asking[np.argsort(who[asking], kind="stable")]
         views = None if self.views is None else self.views[chosen]
-        return Crowd(
-            self.boxes_xyxy[chosen], self.groups[chosen], who[asking], self.sought[asking], views, self.own_iou
-        )
+        return Crowd(self.boxes_xyxy[chosen], self.groups[chosen], who[asking], self.sought[asking], views)
 
     def index(self) -> BoxIndex:
         """Of all the boxes."""
-        return BoxIndex(self.boxes_xyxy, self.groups, self.views, self.own_iou)
+        return BoxIndex(self.boxes_xyxy, self.groups, self.views)
 
     def num_candidates(self, iou: float) -> int:
         """How many pairs have to be looked at, each from both sides."""
@@ -100,17 +95,16 @@ class BoxIndex:
     half the level's longest.
     """
 
-    def __init__(self, boxes_xyxy: Floats, groups: Ints, views: Ints | None = None, own_iou: float = 1.0) -> None:
+    def __init__(self, boxes_xyxy: Floats, groups: Ints, views: Ints | None = None) -> None:
         """Sort.
 
         Args:
             boxes_xyxy: (n, 4), coordinates finite and of a range below 2e6 px.
             groups: (n,) from 0, below 1e6; only boxes of a group that is asked for are found.
-            views: (n,), boxes of one view are pairs only above `own_iou`; None: there are no views.
-            own_iou: see there.
+            views: (n,), boxes of one view are no pairs; None: there are no views.
         """
         self.boxes = boxes_xyxy
-        self._views, self._own_iou = views, own_iou
+        self._views = views
         boxes = boxes_xyxy.astype(np.float64)
         self._origin = boxes[:, :2].min(0) if len(boxes) else np.zeros(2)
         extent = (boxes[:, 2:].max(0) - self._origin) if len(boxes) else np.zeros(2)
@@ -191,13 +185,11 @@ class BoxIndex:
         for piece in _pieces(stop - start):
             near, step = spread((stop - start)[piece])
             asking, other = who[piece][near], self.order[start[piece][near] + step]
-            if views is not None and self._views is not None and self._own_iou >= 1:
+            if views is not None and self._views is not None:
                 apart = views[asking] != self._views[other]
                 asking, other = asking[apart], other[apart]
             overlap = pairwise_iou(boxes_xyxy[asking], self.boxes[other])
             over = overlap > np.float64(iou)
-            if views is not None and self._views is not None:
-                over &= (views[asking] != self._views[other]) | (overlap > np.float64(self._own_iou))
             yield asking[over], other[over], overlap[over]
 
 
