@@ -250,9 +250,7 @@ def test_several_journals_are_read_as_one(
         journal.add(make_result("1.png", 7), NEW)
     index = JournalIndex(paths, header)
     found = list(index.read(names))
-    assert [result.file_name for result in found] == [
-        name for name in names if int(name[:-4]) % 3 != 2
-    ]
+    assert [result.file_name for result in found] == [name for name in names if int(name[:-4]) % 3 != 2]
     assert len(found[1]) == 7 and index.is_done("1.png", NEW) and not index.is_done("1.png", OLD)
     other = tmp_path / "other.jsonl"
     Journal(other, JournalHeader({}, header.class_names, header.category_ids)).close()

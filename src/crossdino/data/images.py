@@ -84,7 +84,7 @@ def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
         message = f"{path} is not an image that can be read; give a PNG, JPEG, TIFF, WebP or BMP file"
         raise ImageError(message, NO_IMAGE) from None
     except Image.DecompressionBombError:
-        message = f"image {path} has too many pixels to be read whole; cut it into smaller images first, e.g. with gdal_retile"
+        message = f"image {path} has too many pixels to be read whole; cut it into smaller images first"
         raise ImageError(message, TOO_LARGE) from None
     except Exception as error:  # decoders raise nearly anything on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
