@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -81,7 +81,8 @@ def work_in_processes(
     workers: list[_Worker] = []
 
     def start(device: str) -> None:
-        here, there = context.Pipe()
+        # (For type checkers: on Windows it is a class of the same methods.)
+        here, there = cast("tuple[Connection, Connection]", context.Pipe())
         process = context.Process(target=_process, args=(there, settings, device, stop_there), daemon=True)
         with _signals_held_back():
             process.start()
