@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import types
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -121,11 +122,13 @@ def test_resumed_tensorboard_forgets_the_steps_that_are_repeated(tmp_path):
     for step in (10, 20, 30, 40):
         first.log({"loss": float(step)}, step)
     first.finish()
+    time.sleep(1.1)  # TensorBoard reads files in the order of their names, which tell the second that they begin in
     # The last checkpoint was made at step 20.
     second = start_trackers(["tensorboard"], tmp_path, "toy", SETTINGS, 20)
     second.log({"loss": 31.0}, 30)
     second.finish()
     assert scalars(tmp_path / "tensorboard") == {"loss": [(10, 10.0), (20, 20.0), (30, 31.0)]}
+    time.sleep(1.1)
     # From the beginning again in the same folder.
     start_trackers(["tensorboard"], tmp_path, "toy", SETTINGS, 0).finish()
     assert scalars(tmp_path / "tensorboard").get("loss", []) == []
