@@ -38,12 +38,14 @@ from crossdino.results import (
     check_formats,
     file_stamp,
     growing_outputs,
+    is_bare,
     journal_path,
     output_stems,
+    read_image_ids,
     refuse_overwriting,
     write_outputs,
 )
-from crossdino.sources import Source
+from crossdino.sources import Source, require_readable
 
 Work = Callable[[Sequence[Task], WorkSettings, StopEvent, OnProgress | None], Iterator[Event]]
 
@@ -78,6 +80,7 @@ def predict_sources(
     *,
     formats: Sequence[str] = ("coco",),
     coco_name: str = "predictions.json",
+    annotations: Path | None = None,
     overwrite: bool = False,
     work: Work | None = None,
     stop: StopEvent | None = None,
@@ -92,6 +95,7 @@ def predict_sources(
         settings: model, reading, output folder and processes.
         formats: of `crossdino.results.FORMATS`, besides the journal.
         coco_name: file name of the COCO file.
+        annotations: COCO file whose image ids are used in the COCO files that are written; None: pictures are counted.
         overwrite: begin anew where there is a run already.
         work: does the tasks elsewhere (`crossdino.cluster.work_on_ray`); None: here, in the processes of `settings`.
         stop: once it is set, what is at work is left and the files are written as far as they go.
@@ -107,6 +111,8 @@ def predict_sources(
     """
     stop = threading.Event() if stop is None else stop
     files = check_formats(formats, coco_name)
+    require_readable(settings.reading)
+    image_ids = None if annotations is None else read_image_ids(annotations, sources)
     output = settings.output
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file; name a folder")
@@ -122,6 +128,9 @@ def predict_sources(
     names = [source.name for source in sources]
     inputs = [source.path for source in sources if source.kind != "camera"]
     refuse_overwriting([path, *summary.files], inputs)
+    unfinished = (output / UNFINISHED).is_dir()
+    # A run that failed before it had found anything binds nobody to its settings.
+    overwrite = overwrite or (path.is_file() and is_bare(path) and not unfinished)
     before = JournalIndex([path], header) if path.is_file() and not overwrite else None
     stems = output_stems(names, before.stems if before is not None else None)
     if settings.draw:
@@ -175,7 +184,7 @@ def predict_sources(
     index = JournalIndex([path], header)
     summary.num_pictures, summary.num_objects = index.count(names)
     if summary.num_pictures:
-        write_outputs(output, formats, index, names, coco_name=coco_name)
+        write_outputs(output, formats, index, names, coco_name=coco_name, image_ids=image_ids)
         summary.objects_by_class = _count_classes(index, names)
     elif index.count()[0] == 0 and not (output / UNFINISHED).is_dir():  # nothing to continue with: leave no trace
         for file in (path, *(file for file in summary.files if file.suffix == ".csv")):  # which grow with the run

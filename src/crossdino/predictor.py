@@ -13,12 +13,14 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, overload
 
 import numpy as np
 import supervision as sv
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from crossdino.checkpoints import CalibrationWarning, weights_digest
@@ -170,6 +172,8 @@ class Predictor:
         self.num_select = chosen(num_select, inference.num_select)
         self.short_side = chosen(short_side, inference.short_side)
         self.long_side = chosen(long_side, inference.long_side)
+        if tile_overlap is not None and not isinstance(tile_overlap, Integral):
+            raise InputError(f"tile_overlap is {tile_overlap!r}: give a whole number of pixels")
         self.tile_size, self.tile_overlap = choose_tiles(inference, tile_size, tile_overlap)
         self.merge: Literal["seam", "nms", "soft"] = chosen(merge, inference.merge)
         self.merge_iou = chosen(merge_iou, inference.merge_iou)
@@ -179,12 +183,13 @@ class Predictor:
         self.num_threads = num_threads
         self.channel_order: Literal["rgb", "bgr"] = channel_order
         for name in ("num_select", "short_side", "long_side", "batch_size", "num_threads"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}: give at least 1")
+            if not isinstance(getattr(self, name), Integral) or getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)!r}: give a whole number, at least 1")
+            setattr(self, name, int(getattr(self, name)))  # numpy's numbers would not go into a journal
         if threshold != "auto" and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
             raise InputError(f"threshold is {threshold}: give a score from 0 to 1, or auto")
-        if not 0 < self.merge_iou <= 1:
-            raise InputError(f"merge_iou is {self.merge_iou}: give an overlap above 0 and at most 1")
+        if not isinstance(self.merge_iou, (int, float)) or not 0 < self.merge_iou <= 1:
+            raise InputError(f"merge_iou is {self.merge_iou!r}: give an overlap above 0 and at most 1")
         names = {"precision": ("fp32", "bf16"), "merge": ("seam", "nms", "soft"), "channel_order": ("rgb", "bgr")}
         for name, known in names.items():
             if getattr(self, name) not in known:
@@ -218,8 +223,9 @@ class Predictor:
         """Detect the objects of one image or of a list of images.
 
         Args:
-            image: the path of an image file, a PIL image, a uint8 array (H, W, 3) in RGB order (also grey (H, W), or
-                RGBA, whose alpha is dropped), a uint8 tensor (3, H, W); or a list of such.
+            image: the path of an image file, a PIL image (in its own pixels: only files are turned as their EXIF data
+                say), a uint8 array (H, W, 3) in RGB order (also grey (H, W), or RGBA, whose alpha is dropped), a uint8
+                tensor (3, H, W); or a list of such.
 
         Returns:
             One `supervision.Detections`, or a list of them in the order of the images; see `Prediction`.
@@ -231,7 +237,7 @@ class Predictor:
             return list(self.predict_many(image))
         return next(self.predict_many([image]))
 
-    def predict_many(self, images: str | Path | Iterable[Picture | ImageInput]) -> Iterator[sv.Detections]:
+    def predict_many(self, images: ImageInput | Picture | Iterable[Picture | ImageInput]) -> Iterator[sv.Detections]:
         """The detections of one image after the other; `stream` without what belongs to them.
 
         Args:
@@ -246,7 +252,7 @@ class Predictor:
 
     def stream(
         self,
-        images: str | Path | Iterable[Picture | ImageInput],
+        images: ImageInput | Picture | Iterable[Picture | ImageInput],
         *,
         on_error: Literal["raise", "yield"] = "raise",
         memory: TileMemory | None = None,
@@ -255,7 +261,8 @@ class Predictor:
 
         Args:
             images: a folder, a glob pattern, a video or a single image; or any iterable of what a call takes and of
-                what `crossdino.sources.open_pictures` yields. It is read a little ahead, in a thread.
+                what `crossdino.sources.open_pictures` yields, or a stack of images (N, H, W, 3) or (N, 3, H, W). It is
+                read a little ahead, in a thread.
             on_error: `raise` stops at the first picture that cannot be read; `yield` gives it with its `error`.
             memory: keeps what is found in the tiles of a picture that is not finished, so that a stopped run can go on
                 within it.
@@ -264,11 +271,17 @@ class Predictor:
             A `Prediction` for each picture, which is still open (`prediction.picture.close()` frees its pixels).
 
         Raises:
-            InputError: a picture cannot be read.
+            InputError: a picture cannot be read; nothing is found at all; `on_error` is neither.
         """
+        if on_error not in ("raise", "yield"):
+            raise InputError(f"on_error is {on_error!r}: give raise or yield")
         if isinstance(images, (str, Path)):
             sources, _ = find_sources([str(images)])
             images = open_all(sources)
+        elif isinstance(images, (Image.Image, Picture)) or (
+            isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4
+        ):
+            images = [images]  # not its rows
         # Enough to keep the network busy while a slow file is decoded; more would only fill the memory.
         depth = 2 * self.batch_size + self.num_threads
         jobs: deque[_Job] = deque()

@@ -44,6 +44,9 @@ def add_predict_options(parser: argparse.ArgumentParser) -> None:
         help="coco, coco-results, csv, geojson, parquet, yolo (coco); predictions.jsonl is written in any case",
     )
     parser.add_argument("--json", metavar="NAME", default="predictions.json", help="COCO file name (predictions.json)")
+    parser.add_argument(
+        "--image-ids", metavar="JSON", help="COCO annotations whose image ids the COCO files take, for `evaluate`"
+    )
     parser.add_argument("--no-pictures", action="store_true", help="draw no annotated images and videos")
     parser.add_argument("--overwrite", action="store_true", help="begin anew instead of continuing the run in --output")
     parser.add_argument("--recursive", action="store_true", help="also look into the folders of folders")
@@ -107,6 +110,7 @@ def run_predict(options: argparse.Namespace) -> int:
             settings,
             formats=formats,
             coco_name=options.json,
+            annotations=None if options.image_ids is None else Path(options.image_ids),
             overwrite=options.overwrite,
             work=_work_on_ray(options),
             stop=stop,
@@ -266,7 +270,7 @@ class _Progress:
             self._print(line)
 
     def _print(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True, markup=False)
+        self._console.print(" ".join(line.split()), soft_wrap=True, markup=False)  # a file's name may have line breaks
 
 
 def _counted(count: int, what: str) -> str:

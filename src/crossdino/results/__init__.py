@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from crossdino.results.coco_files import read_image_ids
 from crossdino.results.drawing import draw_picture, write_picture
-from crossdino.results.journal import FileStamp, Journal, JournalHeader, file_stamp
+from crossdino.results.journal import FileStamp, Journal, JournalHeader, file_stamp, is_bare
 from crossdino.results.journal_index import JournalIndex, journal_path
 from crossdino.results.output_names import output_stems, refuse_overwriting
 from crossdino.results.outputs import FORMATS, check_formats, growing_outputs, open_outputs, write_outputs
@@ -25,12 +26,14 @@ __all__ = [
     "draw_picture",
     "file_stamp",
     "growing_outputs",
+    "is_bare",
     "journal_path",
     "object_schema",
     "object_table",
     "open_outputs",
     "output_stems",
     "picture_schema",
+    "read_image_ids",
     "refuse_overwriting",
     "write_outputs",
     "write_picture",

@@ -12,7 +12,7 @@ from PIL import Image
 
 from crossdino.checkpoints import written_whole
 from crossdino.results.picture_result import PictureResult
-from crossdino.sources import Picture
+from crossdino.sources import DRAWN_MARK, Picture
 from crossdino.tiling import Tile
 from crossdino.visualization import draw_detections
 
@@ -62,11 +62,11 @@ def scaled_detections(result: PictureResult, hw: tuple[int, int]) -> sv.Detectio
 
 
 def write_picture(path: Path, drawn: Image.Image) -> None:
-    """Write an annotated picture as JPEG, whole or not at all.
+    """Write an annotated picture as JPEG, whole or not at all; its comment tells it from the images of the user.
 
     Args:
         path: its folder exists.
         drawn: of `draw_picture`.
     """
     with written_whole(path) as partial:
-        drawn.save(partial, format="JPEG", quality=92)
+        drawn.save(partial, format="JPEG", quality=92, comment=DRAWN_MARK)

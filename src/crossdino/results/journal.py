@@ -20,13 +20,14 @@ from typing import IO, Any, NamedTuple
 from crossdino.checkpoints import package_version
 from crossdino.errors import InputError
 from crossdino.results.picture_result import PictureResult
+from crossdino.sources import RUN_FILE
 
 try:
     import fcntl
 except ImportError:  # Windows: two runs into one folder are not told apart there
     fcntl = None
 
-JOURNAL_FILE = "predictions.jsonl"
+JOURNAL_FILE = RUN_FILE
 FORMAT = "crossdino-predictions"
 FORMAT_VERSION = 1
 # How every journal begins, whatever its version.
@@ -264,6 +265,12 @@ class Journal:
                 "where it was"
             ) from None
         self._end += len(line)
+
+
+def is_bare(path: Path) -> bool:
+    """Whether a file is a journal of ours that says nothing yet: a run that was begun and found nothing."""
+    with open(path, "rb") as file:
+        return file.readline().startswith(_BEGINNING) and not file.read(1)
 
 
 def end_of_whole_lines(path: Path) -> int:

@@ -7,7 +7,7 @@ by however many processes it was done, the same pictures give the same files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -62,7 +62,12 @@ def check_formats(formats: Sequence[str], coco_name: str = COCO_FILE) -> list[st
 
 @contextmanager
 def open_outputs(
-    folder: str | Path, formats: Sequence[str], header: JournalHeader, *, coco_name: str = COCO_FILE
+    folder: str | Path,
+    formats: Sequence[str],
+    header: JournalHeader,
+    *,
+    coco_name: str = COCO_FILE,
+    image_ids: Mapping[str, int] | None = None,
 ) -> Iterator[AddResult]:
     """Write pictures in several formats; memory does not grow with their number.
 
@@ -73,6 +78,7 @@ def open_outputs(
         formats: of `FORMATS`.
         header: of the run.
         coco_name: file name of the COCO file.
+        image_ids: in the COCO files, see `read_image_ids`; None: pictures are counted.
 
     Yields:
         What takes the pictures, one after the other.
@@ -87,9 +93,10 @@ def open_outputs(
         adds: list[AddResult] = []
         for name in dict.fromkeys(formats):
             if name == "coco":
-                adds.append(stack.enter_context(coco_file(folder / coco_name, header)))
+                adds.append(stack.enter_context(coco_file(folder / coco_name, header, image_ids)))
             elif name == "coco-results":
-                adds.append(stack.enter_context(coco_results_file(folder / f"{_STEM}_coco_results.json", header)))
+                path = folder / f"{_STEM}_coco_results.json"
+                adds.append(stack.enter_context(coco_results_file(path, header, image_ids)))
             elif name == "csv":
                 adds.append(stack.enter_context(csv_files(folder, header, _STEM)))
             elif name == "parquet":
@@ -106,6 +113,7 @@ def write_outputs(
     file_names: Sequence[str] | None = None,
     *,
     coco_name: str = COCO_FILE,
+    image_ids: Mapping[str, int] | None = None,
 ) -> None:
     """Make all files of a run from its journals.
 
@@ -115,11 +123,12 @@ def write_outputs(
         index: the journals.
         file_names: the sources in their order; None: all that the journals know.
         coco_name: file name of the COCO file.
+        image_ids: see `open_outputs`.
 
     Raises:
         InputError: as `open_outputs`; or a journal is damaged.
     """
-    with open_outputs(folder, formats, index.header, coco_name=coco_name) as add:
+    with open_outputs(folder, formats, index.header, coco_name=coco_name, image_ids=image_ids) as add:
         for result in index.read(file_names):
             add(result)
 

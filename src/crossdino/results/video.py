@@ -23,6 +23,7 @@ from PIL import Image
 
 from crossdino.errors import InputError
 from crossdino.results.picture_result import PictureResult
+from crossdino.sources import DRAWN_MARK
 from crossdino.visualization import draw_detections
 
 AddFrame = Callable[[NDArray[np.uint8], PictureResult], None]
@@ -80,6 +81,7 @@ class _Writer:
         self._strip = _strip_height(hw, class_names)
         height, width = (max(_LEAST_SIDE, side + side % 2) for side in (hw[0] + self._strip, hw[1]))
         self._container: OutputContainer = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
+        self._container.metadata["comment"] = DRAWN_MARK  # which tells it from the videos of the user
         stream: VideoStream
         if "libx264" in av.codecs_available:
             stream = self._container.add_stream("libx264", rate=_rate(fps))

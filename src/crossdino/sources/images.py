@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,10 @@ class WholeImage(Picture):
         """Forget the pixels."""
         with self._lock:
             self._pixels = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process decodes the file again."""
+        return WholeImage, (self.source, self.hw)
 
     def _whole(self) -> NDArray[np.uint8]:
         with self._lock:

@@ -25,6 +25,12 @@ VIDEO_SUFFIXES = (
 RASTER_SUFFIXES = (".img", ".vrt", ".ntf", ".nitf", ".j2k", ".jpx", ".gtiff")
 SEARCHED_SUFFIXES = frozenset((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
 
+# What annotated pictures and videos say in their comment, and the file that lies beside them.
+DRAWN_MARK = "drawn by crossdino"
+RUN_FILE = "predictions.jsonl"
+# Of a JPEG, where a comment is looked for.
+_HEAD_BYTES = 512
+
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 CAMERA = re.compile(r"[0-9]{1,2}")
 
@@ -39,8 +45,8 @@ def find_sources(words: Sequence[str], *, recursive: bool = False) -> tuple[list
 
     Returns:
         The sources, and one message for each word that stands for nothing. Hidden files (whose names begin with a
-        dot) are left out unless they are named. A file that is named twice, be it by another path or through a link,
-        is taken once.
+        dot) are left out unless they are named, and so are the pictures and videos that an earlier run has drawn. A
+        file that is named twice, be it by another path or through a link, is taken once.
 
     Raises:
         InputError: nothing is found at all.
@@ -68,6 +74,7 @@ class _Places:
 
     def __init__(self) -> None:
         self._folders: dict[str, str] = {}
+        self._of_runs: dict[str, bool] = {}
 
     def of(self, path: str, link: bool) -> str:
         """The real path of a file, of which it is known whether it is a link itself."""
@@ -77,6 +84,15 @@ class _Places:
         if folder not in self._folders:
             self._folders[folder] = os.path.realpath(folder)
         return os.path.join(self._folders[folder], name)
+
+    def is_drawn(self, path: str) -> bool:
+        """Whether a file is what a run of ours has drawn; only those in a run's folder are opened to know it."""
+        folder, suffix = os.path.dirname(path), _suffix(path)
+        if suffix not in (".jpg", ".mp4"):
+            return False
+        if folder not in self._of_runs:
+            self._of_runs[folder] = os.path.isfile(os.path.join(folder, RUN_FILE))
+        return self._of_runs[folder] and (_drawn_video(path) if suffix == ".mp4" else _drawn_image(path))
 
 
 Found = list[tuple[str, Source]]
@@ -117,13 +133,19 @@ def _refuse_url(word: str, scheme: str) -> str:
 
 def _in_folder(word: str, recursive: bool, places: _Places) -> tuple[Found, str]:
     found = []
+    drawn = False
     try:
         for path, link in sorted(_walk(word, recursive, set())):
-            found.append(_file(path, link, places))
+            if places.is_drawn(path):
+                drawn = True
+            else:
+                found.append(_file(path, link, places))
     except OSError as error:
         return [], f"folder {word} cannot be read ({error.strerror}); check its permissions"
     if found:
         return found, ""
+    if drawn:
+        return [], f"folder {word} holds only pictures that an earlier run has drawn; name the files if they are meant"
     deeper = "" if recursive else "; folders within it are searched with --recursive"
     return [], f"folder {word} holds no image or video ({', '.join(sorted(IMAGE_SUFFIXES))}){deeper}"
 
@@ -159,6 +181,7 @@ def _by_pattern(word: str, places: _Places) -> Found:
             folders.append(path)
         elif stat.S_ISREG(mode) or (link and os.path.isfile(path)):
             files.append((path, link))
+    files = [(path, link) for path, link in files if not places.is_drawn(path)]
     searched = [(path, link) for path, link in files if _suffix(path) in SEARCHED_SUFFIXES]
     if files:
         return [_file(path, link, places) for path, link in searched or files]
@@ -197,3 +220,22 @@ def _kind_of(path: str) -> Literal["image", "video"] | None:
 
 def _suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower()
+
+
+def _drawn_image(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return DRAWN_MARK.encode() in file.read(_HEAD_BYTES)
+    except OSError:
+        return False  # whoever opens it will tell why it cannot be
+
+
+def _drawn_video(path: str) -> bool:
+    import av
+    import av.error
+
+    try:
+        with av.open(os.path.abspath(path)) as container:
+            return container.metadata.get("comment") == DRAWN_MARK
+    except (av.error.FFmpegError, OSError):
+        return False

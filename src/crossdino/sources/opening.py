@@ -60,6 +60,17 @@ def open_pictures(source: Source, options: ReadOptions = ReadOptions(), first_fr
     yield from (read_camera if source.kind == "camera" else read_frames)(source, options, first_frame)
 
 
+def require_readable(options: ReadOptions) -> None:
+    """Refuse options for which a package is missing, once instead of for every image.
+
+    Raises:
+        InputError: bands or a range of values are chosen, and rasterio is not installed.
+    """
+    chosen = options.bands is not None or options.value_range is not None
+    if chosen and importlib.util.find_spec("rasterio") is None:
+        raise InputError(f"bands and ranges of values are read with rasterio; {INSTALL_RASTER}")
+
+
 def read_video_info(source: Source) -> VideoInfo:
     """What a video says of itself; its first frame is decoded for it.
 
@@ -74,14 +85,13 @@ def read_video_info(source: Source) -> VideoInfo:
 
 def open_image(source: Source, options: ReadOptions = ReadOptions()) -> Picture:
     """The picture of an image file; see `open_pictures`."""
+    require_readable(options)
     hw, problem = _look(source.path)
     chosen = options.bands is not None or options.value_range is not None
     needed = chosen or problem is not None or hw[0] * hw[1] > options.windowed_px
     if not needed and not _may_have_coordinates(source.path):
         return WholeImage(source, hw)
     if importlib.util.find_spec("rasterio") is None:
-        if chosen:
-            raise InputError(f"bands and ranges of values are read with rasterio; {INSTALL_RASTER}")
         if problem is not None:
             raise _with_remedy(problem, source.path)
         return WholeImage(source, hw)

@@ -129,6 +129,10 @@ class RasterPicture(Picture):
             self._strips.clear()
             self._unpacked = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the file again."""
+        return RasterPicture, (self.source, self._options)
+
     @contextmanager
     def _dataset(self, overview: int | None = None) -> Iterator[DatasetReader]:
         """A handle that is this thread's alone meanwhile; everything that fails becomes an `ImageError`."""
