@@ -97,7 +97,7 @@ def mistakes(data: Path, weights: Path) -> list[tuple[list[Any], str]]:
         ([*train, "--weights", "nowhere"], "no model folder nowhere"),
         ([*evaluate], "give either --predictions"),
         ([*evaluate, "--predictions", "no.json"], "no.json cannot be read"),
-        ([*evaluate, "--predictions", data / "val.json"], "is not a list of detections"),
+        ([*evaluate, "--predictions", data / "val.json"], "is a whole COCO data set, not a list of detections"),
         ([*evaluate, "--predictions", "no.json", "--json", "no/folder.json"], "cannot write no/folder.json"),
         ([*evaluate, "--predictions", "no.json", "--max-detections", "0"], "0 must be at least 1"),
         ([*evaluate, "--predictions", "no.json", "--size-bands", "tiny"], "tiny"),

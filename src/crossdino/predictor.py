@@ -12,10 +12,10 @@ import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 import supervision as sv
@@ -28,6 +28,7 @@ from crossdino.config import InferenceConfig
 from crossdino.data.dataset import collate
 from crossdino.data.transforms import normalize, resize_hw, resize_image
 from crossdino.errors import InputError
+from crossdino.looks import NOTHING, WHOLE, Job, Look, TileMemory
 from crossdino.merging import merge_detections
 from crossdino.postprocessing import Found, select_detections
 from crossdino.sources import Ahead, FailedPicture, ImageInput, Picture, Source, as_picture, find_sources, open_all
@@ -38,10 +39,6 @@ if TYPE_CHECKING:
     from crossdino.models.detector import CrossDINO
 
 T = TypeVar("T")
-
-# In place of the number of a tile.
-_WHOLE = -1
-_NOTHING: Found = (torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -60,54 +57,6 @@ class Prediction:
     detections: sv.Detections
     capped: bool = False
     error: InputError | None = None
-
-
-@dataclass
-class _Job:
-    """A picture on its way: its looks, and what they have found so far; or why there are no more pictures."""
-
-    picture: Picture
-    hw: tuple[int, int] = (0, 0)
-    tiles: list[Tile] = field(default_factory=list)
-    parts: list[Found] = field(default_factory=list)
-    full: Found | None = None
-    missing: int = 0
-    capped: bool = False
-    error: InputError | None = None
-    broken_off: Exception | None = None
-
-    def keep(self, number: int, found: Found, capped: bool) -> None:
-        """Take over what was found in a tile, or in the whole; `capped` where there may be more."""
-        self.capped |= capped
-        if number == _WHOLE:
-            self.full = found
-        else:
-            self.parts[number] = found
-
-
-@dataclass
-class _Look:
-    """One passage through the network: of the tile of that number, or of the whole picture."""
-
-    job: _Job
-    number: int
-
-    @property
-    def tile(self) -> Tile:
-        """What is looked at."""
-        return Tile(0, 0, *self.job.hw) if self.number == _WHOLE else self.job.tiles[self.number]
-
-
-class TileMemory(Protocol):
-    """What keeps the detections of tiles until their picture is finished, see `crossdino.results.TileStore`."""
-
-    def load(self, picture: Picture, num_tiles: int) -> dict[int, Found]:
-        """Number of the tile (-1: the whole picture) -> what an earlier run has found there."""
-        ...
-
-    def save(self, picture: Picture, num_tiles: int, number: int, found: Found) -> None:
-        """Keep what was found in a tile."""
-        ...
 
 
 class Predictor:
@@ -284,9 +233,9 @@ class Predictor:
             images = [images]  # not its rows
         # Enough to keep the network busy while a slow file is decoded; more would only fill the memory.
         depth = 2 * self.batch_size + self.num_threads
-        jobs: deque[_Job] = deque()
-        looks: deque[_Look] = deque()
-        reading: deque[tuple[_Look, Future[Tensor]]] = deque()
+        jobs: deque[Job] = deque()
+        looks: deque[Look] = deque()
+        reading: deque[tuple[Look, Future[Tensor]]] = deque()
         with Ahead(self._start_all(images), depth) as coming, ThreadPoolExecutor(self.num_threads) as readers:
             try:
                 while True:
@@ -332,23 +281,23 @@ class Predictor:
         """The tiles that an image of this height and width is cut into; none where it is looked at as a whole."""
         return tile_grid(hw, self.tile_size, self.tile_overlap) if self.tile_size else []
 
-    def _start_all(self, images: Iterable[Picture | ImageInput]) -> Iterator[_Job]:
+    def _start_all(self, images: Iterable[Picture | ImageInput]) -> Iterator[Job]:
         """The pictures' jobs; runs in the reading thread, so that headers are read ahead as well."""
         try:
             for image in images:
                 yield self._start(image)
         except Exception as error:  # of the caller's iterable: raised in its turn, after the pictures before it
             end = FailedPicture(Source("", "", "memory"), InputError(str(error)))
-            yield _Job(end, error=end.error, broken_off=error)
+            yield Job(end, error=end.error, broken_off=error)
 
-    def _start(self, image: Picture | ImageInput) -> _Job:
+    def _start(self, image: Picture | ImageInput) -> Job:
         try:
             picture = image if isinstance(image, Picture) else as_picture(image, self.channel_order)
         except InputError as error:
             of_file = isinstance(image, (str, Path))
             source = Source(str(image), str(image), "image") if of_file else Source("image in memory", "", "memory")
             picture = FailedPicture(source, error)
-        job = _Job(picture)
+        job = Job(picture)
         try:
             job.hw = job.picture.hw
             job.tiles = self.tiles_of(job.hw)
@@ -356,34 +305,34 @@ class Predictor:
             job.error = error
         return job
 
-    def _looks(self, job: _Job, memory: TileMemory | None) -> list[_Look]:
+    def _looks(self, job: Job, memory: TileMemory | None) -> list[Look]:
         """The passages that a picture still needs."""
         if job.error is not None:
             return []
-        numbers: list[int] = [*range(len(job.tiles)), *([_WHOLE] if self.full_image or not job.tiles else [])]
-        job.parts = [_NOTHING] * len(job.tiles)
+        numbers: list[int] = [*range(len(job.tiles)), *([WHOLE] if self.full_image or not job.tiles else [])]
+        job.parts = [NOTHING] * len(job.tiles)
         if memory is not None and job.tiles:
             for number, found in memory.load(job.picture, len(job.tiles)).items():
                 job.keep(number, found, self._is_capped(found))
                 numbers.remove(number)
         job.missing = len(numbers)
-        return [_Look(job, number) for number in numbers]
+        return [Look(job, number) for number in numbers]
 
-    def _prepare(self, look: _Look) -> Tensor:
+    def _prepare(self, look: Look) -> Tensor:
         """The pixels of a look, resized and normalised; runs in a reading thread."""
         tile, picture = look.tile, look.job.picture
         hw = resize_hw((tile.height, tile.width), self.short_side, self.long_side)
         if look.job.error is not None:  # another tile could not be read: this one is not needed
             raise look.job.error
         # So large that it is never in memory as a whole: then it is reduced while it is read.
-        reduced = look.number == _WHOLE and picture.windowed
+        reduced = look.number == WHOLE and picture.windowed
         pixels = picture.read_reduced(hw) if reduced else picture.read(tile)
         image = resize_image(torch.from_numpy(pixels).permute(2, 0, 1), hw)
         return normalize(image, self.model.mean, self.model.std)
 
-    def _take(self, reading: deque[tuple[_Look, Future[Tensor]]], memory: TileMemory | None) -> None:
+    def _take(self, reading: deque[tuple[Look, Future[Tensor]]], memory: TileMemory | None) -> None:
         """Send the next looks through the network."""
-        batch: list[tuple[_Look, Tensor]] = []
+        batch: list[tuple[Look, Tensor]] = []
         while reading and len(batch) < self.batch_size:
             look, image = reading.popleft()
             if look.job.error is None:
@@ -428,10 +377,10 @@ class Predictor:
         counts = self.calibration.calibrate(boxes, scores, labels) >= self.calibration.thresholds(boxes, labels)
         return bool(counts.all())
 
-    def _finish(self, job: _Job) -> Prediction:
+    def _finish(self, job: Job) -> Prediction:
         """The detections of a picture from those of its looks."""
         if job.error is not None:
-            return Prediction(job.picture, self._as_detections(*_NOTHING), error=job.error)
+            return Prediction(job.picture, self._as_detections(*NOTHING), error=job.error)
         if job.tiles:
             found = merge_detections(job.parts, job.tiles, job.hw, self.merge_iou, self.merge, job.full)
         else:

@@ -352,6 +352,11 @@ def _read_predictions(
     results: Any, name: str, image_ranks: dict[int, int], category_ranks: dict[int, int], truth_name: str
 ) -> list[dict[str, Any]]:
     """The detections as the evaluator wants them, with ranks for ids."""
+    if isinstance(results, Mapping) and "annotations" in results:
+        raise InputError(
+            f"{name} is a whole COCO data set, not a list of detections: give COCO results (of `crossdino predict` "
+            "those of --format coco-results --image-ids GROUND_TRUTH)"
+        )
     if not isinstance(results, Sequence) or isinstance(results, (str, bytes)):
         raise InputError(
             f"{name} is not a list of detections: give COCO results, [{{image_id, category_id, bbox, score}}, ...]"
