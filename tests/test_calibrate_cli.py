@@ -188,7 +188,7 @@ def test_mistakes(weights: Path, data: tuple[Path, Path], tmp_path: Path) -> Non
         ([*known, "--weights", weights, "--tile-overlap", "8"], "not cut into tiles"),
         ([*known, "--weights", weights, "--tile-size", "auto"], "auto"),
         (["--ground-truth", truth.parent, "--predictions", found, "--images", "."], "--images goes with"),
-        (["--ground-truth", truth, "--predictions", truth], "is not a list of detections"),
+        (["--ground-truth", truth, "--predictions", truth], "is a whole COCO data set, not a list of detections"),
     ):
         with pytest.raises(InputError, match=message):
             run(*words)
