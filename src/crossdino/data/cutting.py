@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crossdino.data.images import ImageError, read_image
-from crossdino.data.index import IGNORED_LABEL, DatasetIndex, ImageRecord
+from crossdino.data.index import DatasetIndex, ImageRecord
 from crossdino.errors import InputError
 from crossdino.tiling import Tile, tile_grid
 
@@ -247,36 +247,28 @@ def _to_coco(
     index: DatasetIndex, names: Sequence[str], name: str, plan: Sequence[Sequence[_TileFile]]
 ) -> dict[str, Any]:
     """The tiles and their objects in COCO's layout."""
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for record, source, files in zip(index.records, names, plan, strict=True):
-        for file in files:
-            images.append(
-                {
-                    "id": len(images) + 1,
-                    "file_name": f"{name}/{file.name}",
-                    "width": file.tile.width,
-                    "height": file.tile.height,
-                    "source_file_name": source,
-                    "source_id": record.image_id,
-                    "origin_xy": [file.tile.left, file.tile.top],
-                }
-            )
-            for place, label in enumerate(file.labels):
-                for category_id in index.category_ids if label == IGNORED_LABEL else (index.category_ids[label],):
-                    annotations.append(
-                        {
-                            "id": len(annotations) + 1,
-                            "image_id": len(images),
-                            "category_id": category_id,
-                            "bbox": file.boxes_xywh[place].tolist(),
-                            "area": float(file.areas[place]),
-                            "iscrowd": int(file.ignored[place]),
-                        }
-                    )
-    pairs = zip(index.category_ids, index.class_names, strict=True)
-    categories = [{"id": category_id, "name": class_name} for category_id, class_name in pairs]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    tiles = [
+        (record, source, file)
+        for record, source, files in zip(index.records, names, plan, strict=True)
+        for file in files
+    ]
+    images = [
+        {
+            "id": number,
+            "file_name": f"{name}/{file.name}",
+            "width": file.tile.width,
+            "height": file.tile.height,
+            "source_file_name": source,
+            "source_id": record.image_id,
+            "origin_xy": [file.tile.left, file.tile.top],
+        }
+        for number, (record, source, file) in enumerate(tiles, start=1)
+    ]
+    objects = (
+        (number, file.boxes_xywh, file.labels, file.areas, file.ignored)
+        for number, (_, _, file) in enumerate(tiles, start=1)
+    )
+    return index.in_coco_layout(images, objects)
 
 
 # --- the place ---

@@ -21,6 +21,9 @@ from crossdino.errors import InputError
 
 Done = Literal["dropped", "clipped", "joined", "noted", "fatal"]
 
+# Of an image its id, and of its objects the boxes (n, 4) as xywh, labels, areas, and which are regions to ignore.
+ObjectsOfImage = tuple[int, NDArray[np.float64], NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]
+
 # The label of regions that are ignored for every class.
 IGNORED_LABEL = -1
 
@@ -241,18 +244,28 @@ class DatasetIndex:
             {"id": record.image_id, "file_name": str(record.path), "width": record.width, "height": record.height}
             for record in self.records
         ]
+        objects = ((one.image_id, one.boxes_xywh, one.labels, one.areas, one.iscrowd) for one in self.records)
+        return self.in_coco_layout(images, objects)
+
+    def in_coco_layout(self, images: list[dict[str, Any]], objects: Iterable[ObjectsOfImage]) -> dict[str, Any]:
+        """Images and objects with this data set's categories, in COCO's layout.
+
+        Args:
+            images: the records of the images, as they shall be written.
+            objects: of each image, see `ObjectsOfImage`.
+        """
         annotations: list[dict[str, Any]] = []
-        for record in self.records:
-            for place, label in enumerate(record.labels):
+        for image_id, boxes_xywh, labels, areas, iscrowd in objects:
+            for place, label in enumerate(labels):
                 for category_id in self.category_ids if label == IGNORED_LABEL else (self.category_ids[label],):
                     annotations.append(
                         {
                             "id": len(annotations) + 1,
-                            "image_id": record.image_id,
+                            "image_id": image_id,
                             "category_id": category_id,
-                            "bbox": record.boxes_xywh[place].tolist(),
-                            "area": float(record.areas[place]),
-                            "iscrowd": int(record.iscrowd[place]),
+                            "bbox": boxes_xywh[place].tolist(),
+                            "area": float(areas[place]),
+                            "iscrowd": int(iscrowd[place]),
                         }
                     )
         pairs = zip(self.category_ids, self.class_names, strict=True)
