@@ -6,21 +6,20 @@ import argparse
 import dataclasses
 import os
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from crossdino.cli.detecting import chosen_inference, detect_images
 from crossdino.cli.output import check_destinations, choose_device, make_console, write_json, write_text
 from crossdino.cli.values import TILE_OPTIONS, add_tile_options, number, positive
 from crossdino.errors import InputError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from crossdino.config import InferenceConfig
     from crossdino.data.index import DatasetIndex
     from crossdino.evaluation.calibration import Calibration
-    from crossdino.models.detector import CrossDINO
 
 PICTURE_FILE = "calibration.png"
 
@@ -71,14 +70,19 @@ def run_calibrate(options: argparse.Namespace) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CalibrationWarning)  # a new one is on its way
             model = load_model(options.weights, device=choose_device(options.device))
-        inference = _inference(options, model)
+        inference = chosen_inference(options, model.inference)
     index = _read_data(options, None if model is None else model.config.class_names)
-    for line in index.problems.lines():
-        console.print(f"{index.annotations}: {line}", soft_wrap=True, markup=False)
     detections: Any = options.predictions
-    if detections is None:
+    if detections is not None:
+        for line in index.problems.lines():
+            console.print(f"{index.annotations}: {line}", soft_wrap=True, markup=False)
+    else:
+        from crossdino.evaluation.caps import Look
+
         assert model is not None and inference is not None, "`_check_options` asks for one of both"
-        detections = _detect(options, model, inference, index, console)
+        # A fit takes all detections, however many.
+        look = Look.of(inference, max_detections=sys.maxsize)
+        detections, _ = detect_images(model, index, inference, look, options.batch_size, console)
         if options.predictions_out is not None:
             write_json(Path(options.predictions_out), detections)
     from crossdino.evaluation.calibration_report import calibrate_detections
@@ -231,56 +235,4 @@ def _read_data(options: argparse.Namespace, class_names: tuple[str, ...] | None)
         return load_coco(options.ground_truth, options.images, class_names, needed, ignore_categories=ignored)
     return load_dataset(
         options.ground_truth, options.split, class_names=class_names, ignore_categories=ignored, require_images=needed
-    )
-
-
-def _inference(options: argparse.Namespace, model: CrossDINO) -> InferenceConfig:
-    """The model's settings with those of the command line in their places."""
-    from crossdino.tiling import choose_tiles
-
-    tile_size, tile_overlap = choose_tiles(model.inference, options.tile_size, options.tile_overlap)
-    names = ("num_select", "short_side", "long_side", "merge", "merge_iou", "full_image")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return dataclasses.replace(model.inference, tile_size=tile_size, tile_overlap=tile_overlap, **given)
-
-
-def _detect(
-    options: argparse.Namespace, model: CrossDINO, inference: InferenceConfig, index: DatasetIndex, console: Console
-) -> list[dict[str, Any]]:
-    """Run the model over the images, as an evaluation does."""
-    from rich.progress import track
-
-    from crossdino.config import DataConfig
-    from crossdino.data.dataset import DetectionDataset
-    from crossdino.training import detect_dataset
-
-    data = DataConfig(
-        test_short_side=inference.short_side,
-        test_long_side=inference.long_side,
-        tile_size=inference.tile_size,
-        tile_overlap=inference.tile_overlap,
-    )
-    dataset = DetectionDataset(index, data, model.mean, model.std, train=False, seed=0)
-    what, tiles = ("tile", f"tiles of {inference.tile_size} px") if inference.tile_size else ("image", "whole images")
-    console.print(
-        f"{len(index.records)} images, {tiles}, short side {inference.short_side} px (long side at most "
-        f"{inference.long_side} px), {inference.num_select} detections kept per {what}",
-        soft_wrap=True,
-    )
-    steps = iter(track(range(len(index.records)), "detecting", console=console, disable=not console.is_terminal))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-    def advance(_: int) -> None:
-        next(steps, None)
-
-    return detect_dataset(
-        model,
-        dataset,
-        num_select=inference.num_select,
-        merge=inference.merge,
-        merge_iou=inference.merge_iou,
-        full_image=inference.full_image,
-        batch_size=options.batch_size,
-        num_workers=min(2, cores),
-        on_image=advance,
     )

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crossdino.cli.output import check_destinations, choose_device, make_console, num_cores, write_json, write_text
+from crossdino.cli.detecting import chosen_inference, detect_images
+from crossdino.cli.output import check_destinations, choose_device, make_console, write_json, write_text
 from crossdino.cli.values import TILE_OPTIONS
 from crossdino.errors import InputError
 
@@ -78,15 +79,8 @@ def how_to_look(options: argparse.Namespace, inference: InferenceConfig) -> Look
         InputError: the model does not know which tiles suit it.
     """
     from crossdino.evaluation.caps import Look
-    from crossdino.tiling import choose_tiles
 
-    def chosen(name: str) -> Any:
-        value = getattr(options, name)
-        return getattr(inference, name) if value is None else value
-
-    size, overlap = choose_tiles(inference, options.tile_size, options.tile_overlap)
-    rest = {name: chosen(name) for name in ("merge", "merge_iou", "full_image", "num_select")}
-    return Look(tile_size=size, tile_overlap=overlap, max_detections=options.max_detections, **rest)
+    return Look.of(chosen_inference(options, inference), options.max_detections)
 
 
 def _detect(
@@ -98,52 +92,15 @@ def _detect(
         The truth as it was understood, the detections, how the images were looked at, and the ids of those of which
         `num_select` left something out.
     """
-    from rich.progress import track
-
     from crossdino.checkpoints import load_model
-    from crossdino.config import DataConfig
     from crossdino.data.coco import load_coco
-    from crossdino.data.dataset import DetectionDataset
     from crossdino.data.formats import load_dataset
-    from crossdino.training import detect_dataset
 
     model = load_model(options.weights, device=choose_device(options.device))
-    names, inference = model.config.class_names, model.inference
-    look = how_to_look(options, inference)
+    look = how_to_look(options, model.inference)
     if _is_one_file(options.ground_truth):
-        index = load_coco(options.ground_truth, options.images, class_names=names)
+        index = load_coco(options.ground_truth, options.images, class_names=model.config.class_names)
     else:
-        index = load_dataset(options.ground_truth, options.split, class_names=names)
-    data = DataConfig(
-        test_short_side=inference.short_side,
-        test_long_side=inference.long_side,
-        tile_size=look.tile_size,
-        tile_overlap=look.tile_overlap,
-    )
-    dataset = DetectionDataset(index, data, model.mean, model.std, train=False, seed=0)
-    for line in index.problems.lines():
-        console.print(f"{index.annotations}: {line}", soft_wrap=True, markup=False)
-    console.print(
-        f"{len(index.records)} images{f' in {len(dataset)} tiles' if look.tile_size else ''}: {look}; short side "
-        f"{inference.short_side} px (long side at most {inference.long_side} px)",
-        soft_wrap=True,
-    )
-    progress = iter(track(range(len(index.records)), "detecting", console=console, disable=not console.is_terminal))
-    capped: list[int] = []
-
-    def advance(_: int) -> None:
-        next(progress, None)
-
-    detections = detect_dataset(
-        model,
-        dataset,
-        num_select=look.num_select,
-        merge=look.merge,
-        merge_iou=look.merge_iou,
-        full_image=look.full_image,
-        batch_size=options.batch_size,
-        num_workers=min(2, num_cores()),
-        on_image=advance,
-        on_capped=capped.append,
-    )
+        index = load_dataset(options.ground_truth, options.split, class_names=model.config.class_names)
+    detections, capped = detect_images(model, index, model.inference, look, options.batch_size, console)
     return index.to_coco(), detections, look, capped

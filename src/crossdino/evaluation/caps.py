@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
+
+from crossdino.config import InferenceConfig
 
 # A detection that a cap leaves out is told of if it has at least this score: what lies below is mostly noise.
 CAPPED_SCORE = 0.1
@@ -29,6 +31,12 @@ class Look:
     full_image: bool
     num_select: int
     max_detections: int
+
+    @classmethod
+    def of(cls, inference: InferenceConfig, max_detections: int) -> Look:
+        """What a model's settings say."""
+        names = [item.name for item in fields(cls) if item.name != "max_detections"]
+        return cls(**{name: getattr(inference, name) for name in names}, max_detections=max_detections)
 
     def __str__(self) -> str:
         """One line for people."""
