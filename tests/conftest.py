@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from crossdino.checkpoints import save_model
 from crossdino.config import Config, with_changes
+from crossdino.models.detector import CrossDINO
 
 # Tests run side by side with other work on small machines; the tiny models gain nothing from threads.
 torch.set_num_threads(1)
@@ -93,3 +96,24 @@ def tiny_config(tiny_data: Path, tmp_path: Path) -> Config:
             "training.batch_size": 2,
         },
     )
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with random weights, for the classes of the tiny data; nobody changes it."""
+    torch.manual_seed(0)
+    small = dict(
+        backbone="test_efficientnet",
+        num_feature_levels=3,
+        hidden_dim=32,
+        num_heads=2,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        feedforward_dim=32,
+        num_queries=20,
+    )
+    model = CrossDINO(dataclasses.replace(Config().model, **small, class_names=("red", "blue")))  # type: ignore[arg-type]
+    model.inference = dataclasses.replace(model.inference, short_side=64, long_side=128, num_select=5)
+    folder = tmp_path_factory.mktemp("model") / "weights"
+    save_model(model, folder, category_ids=(3, 7))
+    return folder

@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from crossdino.checkpoints import CalibrationWarning, load_model, save_model, weights_digest
+from crossdino.checkpoints import CalibrationWarning, load_model, weights_digest
 from crossdino.cli import _show_warning
 from crossdino.cli.calibrate import _as_options, add_calibrate_options, run_calibrate
 from crossdino.cli.parser import build_parser
 from crossdino.config import Config, InferenceConfig, with_changes
 from crossdino.errors import InputError
-from crossdino.models.detector import CrossDINO
 from crossdino.tiling import choose_tiles
 from crossdino.training import train
 
@@ -31,30 +30,10 @@ def run(*words: Any) -> int:
     return run_calibrate(parser.parse_args([str(word) for word in words]))
 
 
-@pytest.fixture(scope="module")
-def stored(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder with random weights."""
-    torch.manual_seed(0)
-    small = dict(
-        backbone="test_efficientnet",
-        num_feature_levels=3,
-        hidden_dim=32,
-        num_heads=2,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-        feedforward_dim=32,
-        num_queries=20,
-    )
-    model = CrossDINO(dataclasses.replace(Config().model, **small, class_names=("red", "blue")))  # type: ignore[arg-type]
-    model.inference = dataclasses.replace(model.inference, short_side=64, long_side=128, num_select=5)
-    folder = tmp_path_factory.mktemp("model") / "weights"
-    save_model(model, folder, category_ids=(3, 7))
-    return folder
-
-
 @pytest.fixture
-def weights(stored: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(stored, tmp_path / "weights"))
+def weights(weights: Path, tmp_path: Path) -> Path:
+    """A copy that the test may change."""
+    return Path(shutil.copytree(weights, tmp_path / "weights"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -16,12 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 
 from crossdino import training
-from crossdino.checkpoints import save_model
 from crossdino.cli import main, split_settings
 from crossdino.config import Config, from_dict, read_yaml, to_dict, with_changes, write_yaml
 from crossdino.errors import InputError
@@ -39,27 +36,6 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, dict[str, Any
     calls: list[tuple[Config, dict[str, Any]]] = []
     monkeypatch.setattr(training, "train", lambda config, **keywords: calls.append((config, keywords)))
     return calls
-
-
-@pytest.fixture(scope="session")
-def weights(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder with random weights."""
-    torch.manual_seed(0)
-    small = dict(
-        backbone="test_efficientnet",
-        num_feature_levels=3,
-        hidden_dim=32,
-        num_heads=2,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-        feedforward_dim=32,
-        num_queries=20,
-    )
-    model = CrossDINO(dataclasses.replace(Config().model, **small, class_names=("red", "blue")))  # type: ignore[arg-type]
-    model.inference = dataclasses.replace(model.inference, short_side=64, long_side=128, num_select=5)
-    folder = tmp_path_factory.mktemp("model") / "weights"
-    save_model(model, folder, category_ids=(3, 7))
-    return folder
 
 
 # --- mistakes ---

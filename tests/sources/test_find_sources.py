@@ -88,7 +88,7 @@ def test_numbers_are_cameras_unless_a_file_is_called_so(photos: Path) -> None:
         ("s3://bucket/a.tif", "download it first"),
         ("GS://bucket/*.tif", "download it first"),
         ("ftp://host/a.tif", "download it first"),
-        ("file:///tmp/a.jpg", "give the path of the file"),
+        ("file:///photos/a.jpg", "give the path of the file"),
         ("rtsp://camera/stream", "record it to a file"),
         ("-", "standard input"),
         ("", "an empty name"),
