@@ -283,6 +283,17 @@ def test_full_image_joins_a_look_at_the_whole() -> None:
     assert not Predictor(Quarters(), full_image=True).full_image  # without tiles it is all that there is
 
 
+def test_the_threshold_holds_for_scores_that_merging_has_lowered() -> None:
+    """Of the boxes that both tiles see in the same place, soft merging lowers one of each pair by exp(-2)."""
+    image = np.full((40, 60, 3), 200, np.uint8)
+    tiles = {"tile_size": 40, "tile_overlap": 20, "merge": "soft"}
+    found = {at: Predictor(Quarters(), threshold=at, **tiles)(image).confidence for at in (0.05, 0.5)}
+    score = 200 / 255
+    # the float32 sigmoid of a float32 logit
+    np.testing.assert_allclose(found[0.05], [score] * 6 + [score * np.exp(-2)] * 2, atol=1e-5)
+    np.testing.assert_allclose(found[0.5], [score] * 6, atol=1e-5)
+
+
 def test_threshold_auto_uses_the_calibration() -> None:
     model = Quarters()
     with pytest.raises(InputError, match="no calibration.*crossdino calibrate"):
