@@ -1,4 +1,4 @@
-"""The recipes against the paper's Table I and the numbers measured on the official model (method.md, section 6)."""
+"""The recipes against the paper's tables and the numbers measured on the official model (Table I, docs/model.md)."""
 
 import dataclasses
 import inspect
@@ -8,10 +8,11 @@ import re
 import pytest
 import torch
 
+from crossdino.benchmarks import BENCHMARKS
 from crossdino.complexity import measure
-from crossdino.config import Config
 from crossdino.errors import InputError
 from crossdino.models.detector import CrossDINO
+from crossdino.paper import PAPER, paper_rows, recipe_benchmark
 from crossdino.recipes import RECIPES, recipe
 
 # Table I: millions of parameters, GFLOPs (which are multiply-adds).
@@ -55,39 +56,125 @@ def test_every_recipe_builds_and_carries_its_own_name():
         assert model.class_embed.out_features == len(config.class_names)
 
 
-# Paper's ablation tables: recipe -> (backbone, fusion, loss, beta), typed from the tables' check marks.
-ABLATIONS = {
-    "table6_r50_cctm": ("resnet50", "cctm", "focal", None),
-    "table6_r50_boost": ("resnet50", "none", "boost", 1.0),
-    "table6_swin_t_cctm": ("swin_t", "cctm", "focal", None),
-    "table6_swin_t_boost": ("swin_t", "none", "boost", 0.1),
-    "table6_clap_strip_t_cctm": ("strip_mlp_t", "cctm", "focal", None),
-    "table6_clap_strip_t_boost": ("strip_mlp_t", "none", "boost", 1.0),
-    "table8_mlp": ("resnet50", "mlp", "focal", None),
-    "table8_once": ("resnet50", "once", "focal", None),
-    "visdrone_dino_r50": ("resnet50", "none", "focal", None),
-    "visdrone_dino_r50_boost": ("resnet50", "none", "boost", 0.1),
-    "visdrone_cross_dino_r50": ("resnet50", "cctm", "boost", 0.1),
-    "visdrone_cross_dino_r50_focal": ("resnet50", "cctm", "focal", None),
-    "visdrone_dino_clap_strip_t": ("strip_mlp_t", "none", "focal", None),
-    "visdrone_cross_dino_clap_strip_t_focal": ("strip_mlp_t", "cctm", "focal", None),
-    "visdrone_cross_dino_clap_strip_t": ("strip_mlp_t", "cctm", "boost", 0.1),
-    "table10_beta_005": ("strip_mlp_t", "cctm", "boost", 0.05),
-    "table10_beta_025": ("strip_mlp_t", "cctm", "boost", 0.25),
+# Typed from the tables' check marks, captions and Section IV-A b: backbone, fusion, loss, beta, epochs, batch.
+ROWS = {
+    "dino_r50": ("resnet50", "none", "focal", None, 12, 8),
+    "dino_r50_24ep": ("resnet50", "none", "focal", None, 24, 8),
+    "dino_r50_36ep": ("resnet50", "none", "focal", None, 36, 8),
+    "dino_swin_t": ("swin_t", "none", "focal", None, 12, 8),
+    "dino_clap_strip_t": ("strip_mlp_t", "none", "focal", None, 12, 8),
+    "cross_dino_r50": ("resnet50", "cctm", "boost", 1.0, 12, 8),
+    "cross_dino_r50_24ep": ("resnet50", "cctm", "boost", 1.0, 24, 8),
+    "cross_dino_swin_t": ("swin_t", "cctm", "boost", 0.1, 12, 8),
+    "cross_dino_swin_t_36ep": ("swin_t", "cctm", "boost", 0.1, 36, 8),
+    "cross_dino_clap_strip_t": ("strip_mlp_t", "cctm", "boost", 1.0, 12, 8),
+    "cross_dino_clap_strip_t_36ep": ("strip_mlp_t", "cctm", "boost", 1.0, 36, 8),
+    "table6_r50_cctm": ("resnet50", "cctm", "focal", None, 12, 8),
+    "table6_r50_boost": ("resnet50", "none", "boost", 1.0, 12, 8),
+    "table6_swin_t_cctm": ("swin_t", "cctm", "focal", None, 12, 8),
+    "table6_swin_t_boost": ("swin_t", "none", "boost", 0.1, 12, 8),
+    "table6_clap_strip_t_cctm": ("strip_mlp_t", "cctm", "focal", None, 12, 8),
+    "table6_clap_strip_t_boost": ("strip_mlp_t", "none", "boost", 1.0, 12, 8),
+    "table8_mlp": ("resnet50", "mlp", "focal", None, 12, 8),
+    "table8_once": ("resnet50", "once", "focal", None, 12, 8),
+    "widerperson_dino_r50": ("resnet50", "none", "focal", None, 24, 8),
+    "widerperson_dino_swin_t": ("swin_t", "none", "focal", None, 24, 8),
+    "widerperson_dino_clap_strip_t": ("strip_mlp_t", "none", "focal", None, 24, 8),
+    "widerperson_cross_dino_r50": ("resnet50", "cctm", "boost", 1.0, 24, 8),
+    "widerperson_cross_dino_swin_t": ("swin_t", "cctm", "boost", 1.0, 24, 8),
+    "widerperson_cross_dino_clap_strip_t": ("strip_mlp_t", "cctm", "boost", 1.0, 24, 8),
+    "visdrone_dino_r50": ("resnet50", "none", "focal", None, 12, 4),
+    "visdrone_dino_r50_boost": ("resnet50", "none", "boost", 0.1, 12, 4),
+    "visdrone_cross_dino_r50": ("resnet50", "cctm", "boost", 0.1, 12, 4),
+    "visdrone_cross_dino_r50_focal": ("resnet50", "cctm", "focal", None, 12, 4),
+    "visdrone_dino_clap_strip_t": ("strip_mlp_t", "none", "focal", None, 12, 4),
+    "visdrone_cross_dino_clap_strip_t_focal": ("strip_mlp_t", "cctm", "focal", None, 12, 4),
+    "visdrone_cross_dino_clap_strip_t": ("strip_mlp_t", "cctm", "boost", 0.1, 12, 4),
+    "table10_beta_005": ("strip_mlp_t", "cctm", "boost", 0.05, 12, 4),
+    "table10_beta_025": ("strip_mlp_t", "cctm", "boost", 0.25, 12, 4),
+    "aitod_dino_r50": ("resnet50", "none", "focal", None, 12, 2),
+    "aitod_cross_dino_r50": ("resnet50", "cctm", "boost", 0.05, 12, 2),
+    "aitod_cross_dino_clap_strip_t": ("strip_mlp_t", "cctm", "boost", 0.05, 12, 2),
+    "aitod_cross_dino_clap_strip_t_1200": ("strip_mlp_t", "cctm", "boost", 0.05, 12, 2),
+    "sodad_dino_r50": ("resnet50", "none", "focal", None, 12, 4),
+    "sodad_cross_dino_clap_strip_t": ("strip_mlp_t", "cctm", "boost", 0.1, 12, 4),
+}
+DROPS = {12: (11,), 24: (20,), 36: (30,)}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_recipes_are_the_rows_of_the_tables(name):
+    backbone, fusion, classification, beta, epochs, batch_size = ROWS[name]
+    config = recipe(name)
+    model, loss, settings = config.model, config.loss, config.training
+    assert (model.backbone, model.fusion, loss.classification) == (backbone, fusion, classification)
+    assert beta is None or loss.beta == beta
+    assert (settings.epochs, settings.batch_size, settings.drop_epochs) == (epochs, batch_size, DROPS[epochs])
+    assert (model.num_queries, model.num_denoising, loss.alpha, loss.gamma) == (900, 100, 0.25, 2.0)
+    assert (settings.learning_rate, settings.backbone_learning_rate, settings.weight_decay) == (1e-4, 1e-5, 1e-4)
+
+
+def test_every_row_of_the_paper_has_a_recipe():
+    assert {row.recipe for row in PAPER} == set(ROWS) == set(RECIPES) - {"compact"}
+    backbones = {"ResNet50": "resnet50", "Swin-T": "swin_t", "CLAP-Strip-T": "strip_mlp_t"}
+    for row in PAPER:
+        config = recipe(row.recipe)
+        assert config.model.backbone == backbones[row.backbone]
+        assert config.training.epochs == row.epochs
+        assert (config.loss.beta if config.loss.classification == "boost" else None) == row.beta
+
+
+# Data set -> (training short sides from, to; long side), test sides, num_select, cap, size bands' upper bounds.
+INPUTS = {
+    "coco": ((480, 800, 1333), (800, 1333), 300, 100, [32, 96, 1e5]),
+    "widerperson": ((600, 1000, 1666), (800, 1333), 900, 900, [32, 96, 1e5]),
+    "visdrone": ((1280, 1280, 1280), (1280, 1280), 900, 1500, [8, 16, 32, 1e5]),
+    "aitod": ((800, 800, 800), (800, 800), 900, 1500, [8, 16, 32, 1e5]),
+    "sodad": ((1200, 1200, 1200), (1200, 1200), 300, 100, [12, 20, 32, 2000**0.5]),
 }
 
 
-@pytest.mark.parametrize("name", ABLATIONS)
-def test_ablations_are_the_rows_of_the_tables(name):
-    backbone, fusion, classification, beta = ABLATIONS[name]
+@pytest.mark.parametrize("name", ROWS)
+def test_inputs_and_caps_are_those_of_the_literature(name):
+    benchmark = BENCHMARKS[recipe_benchmark(name)]
+    (shortest, longest, limit), test_sides, num_select, cap, bounds = INPUTS[benchmark.name]
     config = recipe(name)
-    assert (config.model.backbone, config.model.fusion, config.loss.classification) == (
-        backbone,
-        fusion,
-        classification,
+    data, evaluation = config.data, config.evaluation
+    if name.endswith("_1200"):
+        shortest = longest = limit = 1200
+        test_sides = (1200, 1200)
+    assert (min(data.train_short_sides), max(data.train_short_sides), data.train_long_side) == (
+        shortest,
+        longest,
+        limit,
     )
-    assert beta is None or config.loss.beta == beta
-    assert config.training.epochs == 12 and config.training.drop_epochs == (11,)
+    assert (data.test_short_side, data.test_long_side) == test_sides
+    assert bool(data.crop_short_sides) == (benchmark.name == "coco")  # only DINO's own recipe crops
+    assert (evaluation.num_select, evaluation.max_detections) == (num_select, cap)
+    assert [upper for _, upper in evaluation.size_bands.values()] == bounds
+    assert data.bad_boxes == "mend" and data.tile_size == 0
+    names = list(benchmark.categories.values())
+    assert [kind for kind in config.model.class_names if not kind.startswith("unused")][-len(names) :] == names
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_docstrings_hold_the_numbers_of_the_paper(name):
+    text = " ".join(inspect.getdoc(RECIPES[name]).split())
+    main = paper_rows(name)[0]
+    digits = 2 if main.benchmark == "widerperson" else 1
+    wanted = {name: f"{value:.{digits}f}" for name, value in main.metrics.items()}
+    found = dict(re.findall(r"(AP\w*|Recall|mMR) (\d+\.\d+)", text.partition("Table VI prints")[0]))
+    assert found["AP"] == wanted["AP"] and len(found) >= 2
+    assert all(wanted[metric] == value for metric, value in found.items())
+    assert {row.table for row in paper_rows(name)} <= set(re.findall(r"\b[IVX]+\b", text))
+    assert f"{main.epochs} epochs" in text
+    assert recipe(name).loss.beta in (0.1, 1.0) or main.benchmark == "aitod" or f"beta {main.beta:g}" in text
+
+
+def test_variants_do_not_share_what_can_be_changed():
+    recipe("visdrone_dino_r50").evaluation.size_bands["more"] = (0.0, 1.0)
+    assert "more" not in recipe("aitod_dino_r50").evaluation.size_bands
+    assert "more" not in recipe("visdrone_dino_r50").evaluation.size_bands
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -100,18 +187,3 @@ def test_drop_epochs_lie_within_the_training(name):
 def test_unknown_recipes_are_named_with_a_remedy(name):
     with pytest.raises(InputError, match=rf"{name}.*(did you mean|choose one of).*cross_dino_r50"):
         recipe(name)
-
-
-def test_no_setting_that_nothing_reads():
-    """Every field of every section is read by name somewhere outside config.py and recipes.py."""
-    from pathlib import Path
-
-    import crossdino
-
-    root = Path(inspect.getfile(crossdino)).parent
-    source = "\n".join(path.read_text() for path in root.rglob("*.py") if path.name not in ("config.py", "recipes.py"))
-    for section in dataclasses.fields(Config):
-        if section.name == "name":
-            continue
-        for field in dataclasses.fields(type(getattr(Config(), section.name))):
-            assert re.search(rf"\.{field.name}\b", source), f"{section.name}.{field.name} is never read"

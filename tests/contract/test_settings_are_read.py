@@ -9,14 +9,14 @@ import crossdino
 from crossdino.config import option_names
 
 # Where settings are declared and given values, which is no use of them.
-DECLARING = {"config.py", "recipes.py"}
+DECLARING = {"config.py", "recipes"}
 
 
 def read_names(folder: Path) -> set[str]:
     """Every attribute that is read, and every string, anywhere in the package."""
     names: set[str] = set()
     for path in folder.rglob("*.py"):
-        if path.name in DECLARING:
+        if DECLARING.intersection(path.relative_to(folder).parts):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ def run_train(options: argparse.Namespace, settings: dict[str, str]) -> int:
 
         print(show_batch(config, options.show_batch))
         return 0
+    if options.recipe is not None and options.weights is None and not options.resume:
+        _tell_of_random_backbone(options.recipe, config)
     from crossdino.training import train
 
     train(config, resume=options.resume, overwrite=options.overwrite, init_weights=options.weights)
@@ -55,7 +59,43 @@ def resolve_config(options: argparse.Namespace, settings: dict[str, str]) -> Con
         changes["training.output"] = options.output
     if options.name is not None:
         changes["name"] = options.name
-    return with_changes(config, changes)
+    config = with_changes(config, changes)
+    if options.recipe is not None and config.data.train_annotations is None and config.data.source is not None:
+        _refuse_other_benchmark(options.recipe, Path(config.data.source))
+    return config
+
+
+def _refuse_other_benchmark(name: str, source: Path) -> None:
+    """A recipe of the paper, and a data set that `crossdino prepare` made for another one, is a slip of the pen."""
+    from crossdino.benchmarks import BENCHMARKS
+    from crossdino.paper import recipe_benchmark
+
+    wanted = recipe_benchmark(name)
+    try:
+        found = json.loads(((source if source.is_dir() else source.parent) / "benchmark.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return  # people's own data: any recipe will do
+    made_for = found.get("benchmark") if isinstance(found, dict) else None
+    if wanted is not None and isinstance(made_for, str) and made_for in BENCHMARKS and made_for != wanted:
+        raise InputError(
+            f"recipe {name} is for {BENCHMARKS[wanted].title}, but {source} was prepared as "
+            f"{BENCHMARKS[made_for].title}: choose another (crossdino recipes --benchmark {made_for}), or, to have its "
+            f"settings all the same, write them to a file (crossdino recipes --show {name}) and give that as --config"
+        )
+
+
+def _tell_of_random_backbone(name: str, config: Config) -> None:
+    """Say that a recipe of the paper will not get near its number without weights for its backbone."""
+    from crossdino.paper import recipe_benchmark
+
+    if recipe_benchmark(name) is None or config.model.backbone_weights is not None:
+        return
+    which = "FILE, an official Strip-MLP checkpoint" if config.model.backbone.startswith("strip_mlp") else "timm"
+    print(
+        f"crossdino: warning: the backbone starts from random weights, the paper's from ImageNet-1K: give "
+        f"--model.backbone_weights {which}",
+        file=sys.stderr,
+    )
 
 
 def with_file(config: Config, path: str | Path) -> Config:
