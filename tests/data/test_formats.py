@@ -264,3 +264,24 @@ def test_several_things_found(tmp_path: Path) -> None:
         (folders["voc"] / name).write_text("names: [a]\ntrain: JPEGImages\n")
     with pytest.raises(InputError, match=r"several data files \(one\.yaml, two\.yml\); name one of them"):
         find_splits(folders["voc"])
+
+
+def test_a_data_file_wins_over_the_coco_files_beside_it(tmp_path: Path) -> None:
+    # As a prepared benchmark lies there: which of the files is for what, only the data file tells.
+    for name in ("train", "trainval", "test", "test-dev", "test-dev_originals"):
+        write_coco(tmp_path / "annotations" / f"{name}.json", tmp_path / "images" / name, f"{name}.png")
+    with pytest.raises(
+        InputError, match=r"several files for test \(annotations/test-dev\.json, annotations/test-dev_orig"
+    ):
+        find_splits(tmp_path)
+    (tmp_path / "data.yaml").write_text(
+        'train: {"annotations": "annotations/trainval.json", "images": "images/trainval"}\n'
+        'test: {"annotations": "annotations/test-dev.json", "images": "images/test-dev"}\n'
+    )
+    assert find_splits(tmp_path) == {
+        "train": CocoSplit(tmp_path / "annotations/trainval.json", tmp_path / "images/trainval"),
+        "test": CocoSplit(tmp_path / "annotations/test-dev.json", tmp_path / "images/test-dev"),
+    }
+    assert only(load_dataset(tmp_path, "test")).name == "test-dev.png"
+    with pytest.raises(InputError, match="has no split 'val'"):
+        load_dataset(tmp_path, "val")

@@ -11,18 +11,12 @@ finished, and the next run goes on.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import posixpath
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,13 +26,13 @@ from PIL import Image
 
 from crossdino.data.images import ImageError, read_image
 from crossdino.data.index import DatasetIndex, ImageRecord
+from crossdino.data.parallel import in_processes
+from crossdino.data.writing import cannot_write, partial_path, write_whole
 from crossdino.errors import InputError
 from crossdino.tiling import Tile, tile_grid
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The longest stem of a tile's file name in bytes; file systems take 255 with all that is added.
 _LONGEST_STEM = 180
-_MOST_PROCESSES = 16
 
 
 @dataclass(frozen=True)
@@ -147,7 +141,7 @@ def cut_dataset(
     broken: dict[int, str] = {}
     if on_image is not None:
         on_image(done, total)
-    for image_id, problem in _run(tasks, num_processes):
+    for _, (image_id, problem) in in_processes(_cut_image, tasks, num_processes):
         done += 1
         if problem is not None:
             broken[image_id] = problem
@@ -157,7 +151,7 @@ def cut_dataset(
         index, names, name, [[] if r.image_id in broken else f for r, f in zip(index.records, plan, strict=True)]
     )
     with_objects = {annotation["image_id"] for annotation in document["annotations"] if not annotation["iscrowd"]}
-    _write(annotations, (json.dumps(document) + "\n").encode())
+    write_whole(annotations, (json.dumps(document) + "\n").encode())
     num_all = sum(
         len(tile_grid((record.height, record.width), settings.tile_size, settings.tile_overlap))
         for record in index.records
@@ -313,64 +307,10 @@ def _claim(folder: Path, annotations: Path, settings: CutSettings, digest: str) 
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {folder}: {error.strerror}; name another --output") from None
-    _write(note, (json.dumps(mine) + "\n").encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """A file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        raise _cannot_write(path, error) from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _cannot_write(path: Path, error: OSError) -> InputError:
-    remedy = "free some space" if error.errno in _NO_SPACE else "mend that"
-    return InputError(
-        f"cannot write {path}: {error.strerror or error}; {remedy} and run the same command again: it goes on from here"
-    )
+    write_whole(note, (json.dumps(mine) + "\n").encode())
 
 
 # --- the work ---
-
-
-def _run(tasks: Sequence[_Task], num_processes: int) -> Iterator[tuple[int, str | None]]:
-    """Image id and, where it is broken, a line, of each image as it is finished."""
-    num_processes = min(num_processes, len(tasks), _MOST_PROCESSES)
-    if num_processes < 2:
-        yield from map(_cut_image, tasks)
-        return
-    # Not by fork, which copies locks that threads of this process may hold.
-    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
-    context.set_forkserver_preload([__name__])  # imported once instead of by each process
-    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_leave_interrupts_to_the_parent) as pool:
-        remaining = iter(tasks)
-        running: set[Future[tuple[int, str | None]]] = set()
-        try:
-            while True:
-                waiting = 2 * num_processes - len(running)
-                running |= {pool.submit(_cut_image, task) for task in islice(remaining, waiting)}
-                if not running:
-                    return
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    yield future.result()
-        except BrokenProcessPool:
-            raise InputError(
-                "a process that cuts images has ended (often for want of memory): run the same command again with "
-                "--workers 1: it goes on from here"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    """Ctrl-C reaches all processes of a terminal; images that are being cut shall be finished."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _cut_image(task: _Task) -> tuple[int, str | None]:
@@ -389,7 +329,7 @@ def _cut_image(task: _Task) -> tuple[int, str | None]:
         black = np.zeros((tile.height, tile.width, 3), np.uint8)
         black[: shown.shape[0], : shown.shape[1]] = shown
         cut = Image.fromarray(black)
-        partial = folder / f".{name}.partial"
+        partial = partial_path(folder / name)
         try:
             if settings.image_format == "png":
                 cut.save(partial, format="PNG")
@@ -399,5 +339,5 @@ def _cut_image(task: _Task) -> tuple[int, str | None]:
             os.replace(partial, folder / name)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise _cannot_write(folder / name, error) from None
+            raise cannot_write(folder / name, error) from None
     return record.image_id, None

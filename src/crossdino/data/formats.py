@@ -130,8 +130,9 @@ def _search_folder(folder: Path) -> dict[str, Split]:
         found[f"a data file ({data_file.name})"] = _read_data_file(data_file, values)
     elif data_file is not None and "names" in values:
         names = read_names(data_file, values)
-    coco = {name: find_coco(folder, name, aliases) for name, aliases in ALIASES.items()}
-    # A data file says where its labels lie; what else looks like labels are the same ones.
+    # A data file says where its annotations or labels lie; what else looks like them is the same, or was left out.
+    described = any(isinstance(part, CocoSplit) for splits in found.values() for part in splits.values())
+    coco = {} if described else {name: find_coco(folder, name, aliases) for name, aliases in ALIASES.items()}
     yolo = {} if found else {name: find_yolo(folder, name, aliases, names) for name, aliases in ALIASES.items()}
     found["COCO files"] = {name: part for name, part in coco.items() if part is not None}
     found["YOLO labels"] = {name: part for name, part in yolo.items() if part is not None}

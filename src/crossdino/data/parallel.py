@@ -1,0 +1,90 @@
+"""One function over many files in several processes, for work that Python's lock would make wait."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing import get_all_start_methods, get_context, parent_process
+from multiprocessing.connection import wait as wait_for_any
+from typing import TypeVar
+
+from crossdino.errors import InputError
+
+_MOST_PROCESSES = 16
+
+_Task = TypeVar("_Task")
+_Result = TypeVar("_Result")
+
+
+def in_processes(
+    function: Callable[[_Task], _Result],
+    tasks: Sequence[_Task],
+    num_processes: int,
+    *,
+    chunk: int = 1,
+    option: str = "--workers",
+) -> Iterator[tuple[int, _Result]]:
+    """Do every task; Ctrl-C ends it as soon as what has been begun is finished.
+
+    Args:
+        function: of a module, so that other processes find it.
+        tasks: its arguments, each of which other processes must be able to receive.
+        num_processes: of tasks that are done at the same time; 1 does them here.
+        chunk: tasks that a process gets at once: many small ones cost less that way.
+        option: with which the user sets the number of processes, for the message.
+
+    Yields:
+        Position and result of each task, in the order in which they are finished.
+
+    Raises:
+        InputError: a process has ended, mostly for want of memory. What the function raises is raised here.
+    """
+    chunk = max(chunk, 1)
+    chunks = [(start, tasks[start : start + chunk]) for start in range(0, len(tasks), chunk)]
+    num_processes = min(num_processes, len(chunks), _MOST_PROCESSES)
+    if num_processes < 2:
+        yield from ((position, function(task)) for position, task in enumerate(tasks))
+        return
+    # Not by fork, which copies locks that threads of this process may hold.
+    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    context.set_forkserver_preload([function.__module__])  # imported once instead of by each process
+    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_follow_the_parent) as pool:
+        remaining = iter(chunks)
+        running: dict[Future[list[_Result]], int] = {}
+        try:
+            while True:
+                for start, part in islice(remaining, 2 * num_processes - len(running)):
+                    running[pool.submit(_do, function, part)] = start
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield from enumerate(future.result(), start=running.pop(future))
+        except BrokenProcessPool:
+            raise InputError(
+                "a process that reads or cuts images has ended (often for want of memory): run the same command again "
+                f"with {option} 1: it goes on from here"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _do(function: Callable[[_Task], _Result], tasks: Sequence[_Task]) -> list[_Result]:
+    return [function(task) for task in tasks]
+
+
+def _follow_the_parent() -> None:
+    """Leave Ctrl-C, which reaches all processes of a terminal, to the parent; end when the parent was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_after(sentinel: int) -> None:
+    wait_for_any([sentinel])
+    os._exit(1)
