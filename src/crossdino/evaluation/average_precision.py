@@ -1,14 +1,7 @@
 """COCO average precision with any size bands and any number of detections per image.
 
-The protocol is the COCO one (Section IV-A of the Cross-DINO paper uses it for COCO, AI-TOD, VisDrone and SODA-D); the
-matching and the accumulation are done by faster-coco-eval, which gives the numbers of pycocotools. Three places where
-the usual wrappers go wrong are closed here:
-
-- the numbers are read from the precision and recall arrays at *our* number of detections; `summarize()` of pycocotools
-  reports 100 detections whatever was asked for;
-- annotations are renumbered from 1: the evaluators take annotation id 0 for "not matched";
-- image and category ids are replaced by their rank, so that any integer will do. The rank keeps the order of the ids,
-  hence the order in which detections of equal score are taken.
+The protocol is the COCO one (Section IV-A of the Cross-DINO paper uses it for COCO, AI-TOD, VisDrone and SODA-D).
+What a benchmark fixes is in `protocols`; here the user chooses.
 """
 
 from __future__ import annotations
@@ -17,21 +10,20 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from faster_coco_eval import COCO, COCOeval_faster
 from rich.table import Table
 
 from crossdino.errors import InputError
+from crossdino.evaluation.accumulation import LARGEST_AREA, accumulate, at_threshold, mean_defined
+from crossdino.evaluation.coco_input import is_number, read_found, read_truth
 
 COCO_SIZE_BANDS: dict[str, tuple[float, float]] = {"small": (0.0, 32.0), "medium": (32.0, 96.0), "large": (96.0, 1e5)}
 """COCO's bands: name -> lower and upper bound of sqrt(area) in pixels, both inclusive."""
 
 _LARGEST_SIDE_PX = 1e5
-_UNDEFINED = float("nan")
 
 
 @dataclass(frozen=True)
@@ -218,23 +210,18 @@ def evaluate_detections(
     if thresholds.size == 0 or not bool(np.all((thresholds > 0) & (thresholds <= 1))):
         raise InputError(f"iou_thresholds is {iou_thresholds!r}: give one or more numbers above 0 and up to 1")
 
-    truth, truth_name = _load(ground_truth, "the ground truth")
-    objects, image_ranks, category_ranks, class_names = _read_ground_truth(truth, truth_name)
-    results, results_name = _load(predictions, "the predictions")
-    detections = _read_predictions(results, results_name, image_ranks, category_ranks, truth_name)
-
-    precision, recall = _accumulate(
-        objects, detections, len(image_ranks), len(category_ranks), max_detections, list(bands.values()), thresholds
-    )
-    sizes = [(item["area"], item["category_id"]) for item in objects if not item["iscrowd"]]
-    areas = np.array([area for area, _ in sizes])
-    classes = np.array([category for _, category in sizes])
+    truth = read_truth(ground_truth)
+    found, _ = read_found(predictions, truth.image_ids, truth.category_ids, truth.name)
+    ranges = [(0.0, LARGEST_AREA), *((lower**2, upper**2) for lower, upper in bands.values())]
+    precision, recall = accumulate(truth, found, ranges, [max_detections], thresholds)
+    precision, recall = precision[..., 0], recall[..., 0]
+    areas, labels = truth.areas[~truth.is_crowd], truth.labels[~truth.is_crowd]
 
     by_size = {
         name: BandResult(
-            ap=_mean(precision[:, :, :, 1 + index]),
-            ap50=_mean(precision[_at(thresholds, 0.5), :, :, 1 + index]),
-            ar=_mean(recall[:, :, 1 + index]),
+            ap=mean_defined(precision[:, :, :, 1 + index]),
+            ap50=mean_defined(precision[at_threshold(thresholds, 0.5), :, :, 1 + index]),
+            ar=mean_defined(recall[:, :, 1 + index]),
             num_objects=int(np.count_nonzero((areas >= lower**2) & (areas <= upper**2))),
         )
         for index, (name, (lower, upper)) in enumerate(bands.items())
@@ -242,199 +229,35 @@ def evaluate_detections(
     by_class = {
         name: ClassResult(
             category_id=category_id,
-            ap=_mean(precision[:, :, rank - 1, 0]),
-            ap50=_mean(precision[_at(thresholds, 0.5), :, rank - 1, 0]),
-            ar=_mean(recall[:, rank - 1, 0]),
-            num_objects=int(np.count_nonzero(classes == rank)),
+            ap=mean_defined(precision[:, :, label, 0]),
+            ap50=mean_defined(precision[at_threshold(thresholds, 0.5), :, label, 0]),
+            ar=mean_defined(recall[:, label, 0]),
+            num_objects=int(np.count_nonzero(labels == label)),
         )
-        for name, (category_id, rank) in zip(class_names, category_ranks.items(), strict=True)
+        for name, (category_id, label) in zip(truth.class_names, truth.category_ids.items(), strict=True)
     }
     return AveragePrecisionResult(
-        ap=_mean(precision[:, :, :, 0]),
-        ap50=_mean(precision[_at(thresholds, 0.5), :, :, 0]),
-        ap75=_mean(precision[_at(thresholds, 0.75), :, :, 0]),
-        ar=_mean(recall[:, :, 0]),
+        ap=mean_defined(precision[:, :, :, 0]),
+        ap50=mean_defined(precision[at_threshold(thresholds, 0.5), :, :, 0]),
+        ap75=mean_defined(precision[at_threshold(thresholds, 0.75), :, :, 0]),
+        ar=mean_defined(recall[:, :, 0]),
         by_size=by_size,
         by_class=by_class,
-        num_images=len(image_ranks),
-        num_objects=len(sizes),
-        num_predictions=len(detections),
+        num_images=len(truth.image_ids),
+        num_objects=len(areas),
+        num_predictions=len(found),
         max_detections=max_detections,
         size_bands=bands,
         iou_thresholds=tuple(thresholds.tolist()),
     )
 
 
-def _accumulate(
-    objects: list[dict[str, Any]],
-    detections: list[dict[str, Any]],
-    num_images: int,
-    num_classes: int,
-    max_detections: int,
-    bands_px: list[tuple[float, float]],
-    thresholds: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Precision (IoU thresholds, 101 recalls, classes, 1 + bands) and recall (IoU thresholds, classes, 1 + bands).
-
-    Entry 0 of the last axis is all sizes; -1 marks what has no objects.
-    """
-    frame = {
-        "images": [{"id": rank} for rank in range(1, num_images + 1)],
-        "categories": [{"id": rank} for rank in range(1, num_classes + 1)],
-    }
-    evaluator = COCOeval_faster(
-        COCO({**frame, "annotations": objects}), COCO({**frame, "annotations": detections}), iouType="bbox"
-    )
-    # Set here and not through the constructor, which logs a warning about bands that leave out some sizes.
-    evaluator.params.areaRng = [[0.0, _LARGEST_SIDE_PX**2], *([lower**2, upper**2] for lower, upper in bands_px)]
-    evaluator.params.areaRngLbl = [str(index) for index in range(1 + len(bands_px))]
-    evaluator.params.maxDets = [max_detections]
-    evaluator.params.iouThrs = thresholds
-    evaluator.evaluate()
-    evaluator.accumulate()
-    return np.asarray(evaluator.eval["precision"])[..., 0], np.asarray(evaluator.eval["recall"])[..., 0]
-
-
-def _load(source: object, role: str) -> tuple[Any, str]:
-    """The content of a JSON file, or the object itself, with the name that messages use for it."""
-    if not isinstance(source, (str, Path)):
-        return source, role
-    try:
-        with open(source, encoding="utf-8-sig") as file:
-            return json.load(file), str(source)
-    except OSError as error:
-        raise InputError(f"{source} cannot be read ({error.strerror}): check the path of {role}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{source} is not JSON ({error}): write {role} again as COCO JSON") from error
-
-
-def _read_ground_truth(truth: Any, name: str) -> tuple[list[dict[str, Any]], dict[int, int], dict[int, int], list[str]]:
-    """Objects with new ids, image id -> rank, category id -> rank (both from 1, by ascending id), and class names."""
-    if not isinstance(truth, Mapping):
-        raise InputError(f"{name} is not a COCO ground truth: a JSON object with images, annotations and categories")
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(truth.get(key), list):
-            raise InputError(f"{name} has no list {key!r}: give a COCO ground truth (instances) file")
-        if not truth[key]:
-            raise InputError(f"{name} has an empty list {key!r}: nothing can be measured, give an annotated file")
-    image_ranks = _ranks(truth["images"], "images", name)
-    category_ranks = _ranks(truth["categories"], "categories", name)
-
-    objects: list[dict[str, Any]] = []
-    for index, entry in enumerate(truth["annotations"]):
-        where = f"{name}: annotation number {index} (counted from 0)"
-        box = _box(entry, where)
-        area = entry.get("area")
-        if area is None:
-            area = box[2] * box[3]
-        if not _is_number(area):
-            raise InputError(f"{where} has area {area!r}: give a number, or leave it out for width x height")
-        objects.append(
-            {
-                "id": index + 1,
-                "image_id": _rank(image_ranks, entry.get("image_id"), where, "image_id", name),
-                "category_id": _rank(category_ranks, entry.get("category_id"), where, "category_id", name),
-                "bbox": box,
-                "area": float(area),
-                "iscrowd": int(bool(entry.get("iscrowd", 0))),
-            }
-        )
-
-    names = {entry["id"]: str(entry.get("name", entry["id"])) for entry in truth["categories"]}
-    plain_names = list(names.values())
-    class_names = [
-        names[key] if plain_names.count(names[key]) == 1 else f"{names[key]} ({key})" for key in category_ranks
-    ]
-    return objects, image_ranks, category_ranks, class_names
-
-
-def _read_predictions(
-    results: Any, name: str, image_ranks: dict[int, int], category_ranks: dict[int, int], truth_name: str
-) -> list[dict[str, Any]]:
-    """The detections as the evaluator wants them, with ranks for ids."""
-    if isinstance(results, Mapping) and "annotations" in results:
-        raise InputError(
-            f"{name} is a whole COCO data set, not a list of detections: give COCO results (of `crossdino predict` "
-            "those of --format coco-results --image-ids GROUND_TRUTH)"
-        )
-    if not isinstance(results, Sequence) or isinstance(results, (str, bytes)):
-        raise InputError(
-            f"{name} is not a list of detections: give COCO results, [{{image_id, category_id, bbox, score}}, ...]"
-        )
-    detections: list[dict[str, Any]] = []
-    for index, entry in enumerate(results):
-        where = f"{name}: detection number {index} (counted from 0)"
-        box = _box(entry, where)
-        score = entry.get("score")
-        if not _is_number(score):
-            raise InputError(f"{where} has score {score!r}: give a finite number")
-        detections.append(
-            {
-                "id": index + 1,
-                "image_id": _rank(image_ranks, entry.get("image_id"), where, "image_id", truth_name),
-                "category_id": _rank(category_ranks, entry.get("category_id"), where, "category_id", truth_name),
-                "bbox": box,
-                "area": box[2] * box[3],
-                "score": float(score),
-            }
-        )
-    return detections
-
-
-def _ranks(entries: list[Any], key: str, name: str) -> dict[int, int]:
-    """Id -> 1, 2, ... by ascending id."""
-    ids: set[int] = set()
-    for index, entry in enumerate(entries):
-        identity = entry.get("id") if isinstance(entry, Mapping) else None
-        if isinstance(identity, bool) or not isinstance(identity, int):
-            raise InputError(f"{name}: entry number {index} of {key!r} has id {identity!r}: give an integer")
-        if identity in ids:
-            raise InputError(f"{name}: id {identity} comes twice in {key!r} (entry number {index}): ids must be unique")
-        ids.add(identity)
-    return {identity: rank for rank, identity in enumerate(sorted(ids), start=1)}
-
-
-def _rank(ranks: dict[int, int], identity: Any, where: str, key: str, truth_name: str) -> int:
-    if isinstance(identity, Integral) and identity in ranks:
-        return ranks[int(identity)]
-    some = ", ".join(str(known) for known in list(ranks)[:5]) + (", ..." if len(ranks) > 5 else "")
-    raise InputError(
-        f"{where} has {key} {identity!r}, which is not in {truth_name}: use the ids of that file ({some}), as integers"
-    )
-
-
-def _box(entry: Any, where: str) -> list[float]:
-    """The entry's box as four floats."""
-    if not isinstance(entry, Mapping):
-        raise InputError(f"{where} is not an object: give image_id, category_id, bbox and, for detections, score")
-    box = entry.get("bbox")
-    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(_is_number, box)) or box[2] < 0 or box[3] < 0:
-        raise InputError(f"{where} has bbox {box!r}: give 4 finite numbers, x, y, width >= 0, height >= 0")
-    return [float(value) for value in box]
-
-
-def _is_number(value: Any) -> bool:
-    # The first test is for speed: nearly every value is a plain float.
-    return (type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))) and math.isfinite(value)
-
-
 def _check_size_bands(bands: Mapping[str, tuple[float, float]]) -> None:
     for name, bounds in bands.items():
-        if len(bounds) != 2 or not all(_is_number(bound) for bound in bounds) or not 0 <= bounds[0] < bounds[1]:
+        if len(bounds) != 2 or not all(is_number(bound) for bound in bounds) or not 0 <= bounds[0] < bounds[1]:
             raise InputError(
                 f"size band {name!r} is {bounds!r}: give two numbers of pixels (sqrt of the area), 0 <= lower < upper"
             )
-
-
-def _at(thresholds: np.ndarray, value: float) -> np.ndarray:
-    """Indices of the IoU threshold `value`; empty if it is not among them."""
-    return np.flatnonzero(np.isclose(thresholds, value))
-
-
-def _mean(values: np.ndarray) -> float:
-    """Mean over the entries that are defined (not -1), in COCO's way: all of them with equal weight."""
-    defined = values[values > -1]
-    return float(defined.mean()) if defined.size else _UNDEFINED
 
 
 def _null_if_undefined(value: float) -> float | None:

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from crossdino.errors import InputError
-from crossdino.evaluation import average_precision
 from crossdino.evaluation.average_precision import COCO_SIZE_BANDS
 from crossdino.evaluation.calibration import Calibration, size_shares
 from crossdino.evaluation.calibration_fit import SHARED_OBJECTS, Objective, band_sizes, fit_calibration
+from crossdino.evaluation.coco_input import boxes_xyxy, read_found, read_truth
 from crossdino.evaluation.matching import IN_CROWD, FoundBoxes, TrueBoxes, match_detections
 
 NUM_BINS = 15
@@ -378,45 +378,34 @@ def _read(
     ground_truth: Any, predictions: Any, class_names: Sequence[str] | None
 ) -> tuple[FoundBoxes, TrueBoxes, tuple[str, ...], int]:
     """Detections and objects as arrays, the classes and the number of images; checked as for average precision."""
-    truth, truth_name = average_precision._load(ground_truth, "the ground truth")
-    objects, images, categories, found_names = average_precision._read_ground_truth(truth, truth_name)
-    results, results_name = average_precision._load(predictions, "the predictions")
-    detections = average_precision._read_predictions(results, results_name, images, categories, truth_name)
-    for index, item in enumerate(detections):
-        if not 0 <= item["score"] <= 1:
-            raise InputError(
-                f"{results_name}: detection number {index} (counted from 0) has score {item['score']:g}: calibration "
-                "needs scores from 0 to 1"
-            )
+    truth = read_truth(ground_truth)
+    detections, results_name = read_found(predictions, truth.image_ids, truth.category_ids, truth.name)
+    wrong = np.flatnonzero((detections.scores < 0) | (detections.scores > 1))
+    if wrong.size:
+        raise InputError(
+            f"{results_name}: detection number {wrong[0]} (counted from 0) has score "
+            f"{detections.scores[wrong[0]]:g}: calibration needs scores from 0 to 1"
+        )
+    found_names = truth.class_names
     names = tuple(found_names) if class_names is None else tuple(class_names)
     unknown = next((name for name in found_names if name not in names), None)
     if unknown is not None:
-        raise InputError(f"{truth_name} has the class {unknown!r}, which is none of the model's: {', '.join(names)}")
-    label_of = np.array([-1, *(names.index(name) for name in found_names)], dtype=np.int64)
+        raise InputError(f"{truth.name} has the class {unknown!r}, which is none of the model's: {', '.join(names)}")
+    label_of = np.array([names.index(name) for name in found_names], dtype=np.int64)
     found = FoundBoxes(
-        images=_column(detections, "image_id", np.int64),
-        boxes_xyxy=_corners(detections),
-        labels=label_of[_column(detections, "category_id", np.int64)],
-        scores=_column(detections, "score", np.float64),
+        images=detections.images,
+        boxes_xyxy=boxes_xyxy(detections.boxes_xywh),
+        labels=label_of[detections.labels],
+        scores=detections.scores,
     )
     true = TrueBoxes(
-        images=_column(objects, "image_id", np.int64),
-        boxes_xyxy=_corners(objects),
-        labels=label_of[_column(objects, "category_id", np.int64)],
-        areas=_column(objects, "area", np.float64),
-        is_crowd=_column(objects, "iscrowd", np.bool_),
+        images=truth.images,
+        boxes_xyxy=boxes_xyxy(truth.boxes_xywh),
+        labels=label_of[truth.labels],
+        areas=truth.areas,
+        is_crowd=truth.is_crowd,
     )
-    return found, true, names, len(images)
-
-
-def _column(entries: Sequence[Mapping[str, Any]], key: str, kind: Any) -> NDArray[Any]:
-    return np.array([entry[key] for entry in entries], dtype=kind)
-
-
-def _corners(entries: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
-    boxes = np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    return boxes
+    return found, true, names, len(truth.image_ids)
 
 
 def _cells(name: str, size: str, group: GroupResult) -> list[str]:
