@@ -317,6 +317,7 @@ def test_evaluate_a_file(tiny_data: Path, tmp_path: Path, capsys: pytest.Capture
 def measured(path: Path) -> dict[str, Any]:
     """The numbers of an evaluation; of its settings those that do not tell how a model looked at the images."""
     result = json.loads(path.read_text())
+    assert result.pop("provenance")["ground_truth"]
     common = {name: result["settings"][name] for name in ("max_detections", "size_bands", "iou_thresholds")}
     return {**result, "settings": common}
 

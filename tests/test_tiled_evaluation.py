@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from crossdino import checkpoints
 from crossdino.checkpoints import load_model
-from crossdino.cli.evaluate import how_to_look, run_evaluate
-from crossdino.cli.values import add_tile_options
+from crossdino.cli.evaluate import add_evaluate_options, how_to_look, run_evaluate
 from crossdino.config import Config, DataConfig, InferenceConfig, ModelConfig, from_dict, read_yaml, with_changes
 from crossdino.data import DetectionDataset, load_coco
 from crossdino.errors import InputError
@@ -80,14 +79,7 @@ def crowd(tmp_path: Path) -> Path:
 def options(*words: str | Path) -> argparse.Namespace:
     """What the parser of `crossdino evaluate` makes of a command line."""
     parser = argparse.ArgumentParser()
-    for name in ("--ground-truth", "--weights", "--predictions", "--images", "--predictions-out", "--json", "--device"):
-        parser.add_argument(name)
-    parser.add_argument("--split", default="val")
-    parser.add_argument("--size-bands")
-    parser.add_argument("--max-detections", type=int, default=100)
-    parser.add_argument("--num-select", type=int)
-    parser.add_argument("--batch-size", type=int, default=1)
-    add_tile_options(parser)
+    add_evaluate_options(parser, "")
     return parser.parse_args([str(word) for word in words])
 
 
@@ -199,7 +191,7 @@ def test_options_go_before_the_models_own_settings() -> None:
     )
 
     def look(*words: str) -> Look:
-        return how_to_look(options("--weights", "w", *words), inference)
+        return how_to_look(options("--ground-truth", "t", "--weights", "w", *words), inference, 100)
 
     assert look() == Look(512, 99, "nms", 0.4, False, 300, 100)
     assert look("--merge", "soft", "--merge-iou", "0.7", "--full-image", "--num-select", "5") == Look(
@@ -215,7 +207,7 @@ def test_options_go_before_the_models_own_settings() -> None:
     with pytest.raises(InputError, match="cannot overlap by 99 px"):
         look("--tile-size", "90", "--tile-overlap", "99")
     with pytest.raises(InputError, match="tile_size is auto, but the model does not know.*give the tiles' side"):
-        how_to_look(options("--weights", "old", "--tile-size", "auto"), InferenceConfig())
+        how_to_look(options("--ground-truth", "t", "--weights", "old", "--tile-size", "auto"), InferenceConfig(), 100)
     for words in (["--tile-size", "big"], ["--merge", "best"], ["--merge-iou", "0"], ["--tile-overlap", "-1"]):
         with pytest.raises(SystemExit):
             look(*words)

@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     from crossdino.data.inspection import inspect_dataset
     from crossdino.errors import InputError
     from crossdino.evaluation.average_precision import evaluate_detections
+    from crossdino.evaluation.comparison import compare_detections
+    from crossdino.evaluation.protocols import evaluate_protocol
     from crossdino.models.backbones import StripMLPBackbone, StripMLPClassifier
     from crossdino.models.detector import CrossDINO
     from crossdino.planner import propose
     from crossdino.predictor import Predictor
+    from crossdino.preparation import prepare_benchmark
     from crossdino.recipes import recipe
     from crossdino.training import train
 
@@ -28,9 +31,12 @@ _ROOMS = {
     "Predictor": "predictor",
     "StripMLPBackbone": "models.backbones",
     "StripMLPClassifier": "models.backbones",
+    "compare_detections": "evaluation.comparison",
     "evaluate_detections": "evaluation.average_precision",
+    "evaluate_protocol": "evaluation.protocols",
     "inspect_dataset": "data.inspection",
     "load_dataset": "data",
+    "prepare_benchmark": "preparation",
     "propose": "planner",
     "recipe": "recipes",
     "train": "training",
@@ -44,9 +50,12 @@ __all__ = [
     "Predictor",
     "StripMLPBackbone",
     "StripMLPClassifier",
+    "compare_detections",
     "evaluate_detections",
+    "evaluate_protocol",
     "inspect_dataset",
     "load_dataset",
+    "prepare_benchmark",
     "propose",
     "recipe",
     "train",

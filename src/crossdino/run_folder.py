@@ -1,9 +1,9 @@
 """A training's output folder and the state that is saved in it.
 
-It holds `config.yaml` (resolved), `log.jsonl`, `metrics.csv`, `curves.png`, `problems.csv` (of the data), the trackers'
-files, `best/` (the best model folder) and `last/` (the latest model folder, and what is needed to resume), and
-`failure.pt` after a loss that was not finite. Each of the two model folders is replaced as a whole, so that a machine
-that dies leaves the older one.
+It holds `config.yaml` (resolved), `provenance.json` (which code trains), `log.jsonl`, `metrics.csv`, `curves.png`,
+`problems.csv` (of the data), the trackers' files, `best/` (the best model folder) and `last/` (the latest model folder,
+and what is needed to resume), and `failure.pt` after a loss that was not finite. Each of the two model folders is
+replaced as a whole, so that a machine that dies leaves the older one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from crossdino.errors import InputError
 from crossdino.evaluation.average_precision import AveragePrecisionResult
 from crossdino.model_card import model_card, size_histogram
 from crossdino.models.detector import CrossDINO
+from crossdino.provenance import PROVENANCE_FILE
 from crossdino.tracking import RUNS_FILE
 
 CONFIG_FILE = "config.yaml"
@@ -35,7 +36,7 @@ PROBLEMS_FILE = "problems.csv"
 FAILURE_FILE = "failure.pt"
 TRAINER_FILE = "trainer.pt"
 # What a training puts into its output folder, and so what --overwrite may delete.
-_FILES = (CONFIG_FILE, LOG_FILE, CSV_FILE, CURVES_FILE, FAILURE_FILE, RUNS_FILE)
+_FILES = (CONFIG_FILE, LOG_FILE, CSV_FILE, CURVES_FILE, FAILURE_FILE, RUNS_FILE, PROVENANCE_FILE)
 _FOLDERS = ("last", "best", ".last.old", ".best.old", ".last.partial", ".best.partial", "tensorboard", "wandb")
 
 

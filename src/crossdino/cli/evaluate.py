@@ -1,64 +1,186 @@
-"""`crossdino evaluate`: average precision of a model, or of a file of detections."""
+"""`crossdino evaluate`: average precision, or a benchmark's own numbers, of a model or of a file of detections."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crossdino.cli.detecting import chosen_inference, detect_images
+from crossdino.cli.measured import Measured, find_measured, is_one_file
 from crossdino.cli.output import check_destinations, choose_device, make_console, write_json, write_text
-from crossdino.cli.values import TILE_OPTIONS
+from crossdino.cli.values import TILE_OPTIONS, add_tile_options, positive
+from crossdino.config import close_matches
 from crossdino.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from crossdino.config import InferenceConfig
+    from crossdino.evaluation.average_precision import AveragePrecisionResult
     from crossdino.evaluation.caps import Look
+    from crossdino.evaluation.protocol_result import ProtocolResult
+    from crossdino.models.detector import CrossDINO
+
+_COCO_CAP = 100
+# Detections per image and class that enter AP; the two others cap in other ways, of which their results tell.
+_NO_CAP = sys.maxsize
+_PROTOCOL_CAPS = {"coco": 100, "visdrone": 1500, "aitod": 1500, "sodad": 100}
+
+
+def add_evaluate_options(parser: argparse.ArgumentParser, data_help: str) -> None:
+    """Give the command its options.
+
+    Args:
+        parser: of the command.
+        data_help: what a data set may be.
+    """
+    from crossdino.benchmarks import BENCHMARKS
+
+    add = parser.add_argument
+    add("--ground-truth", metavar="DATA", required=True, help=f"COCO annotations, or a data set: {data_help}")
+    add("--split", default="val", help="which split of a data set (val)")
+    add(
+        "--predictions",
+        metavar="FILE",
+        help="detections: COCO results, or VisDrone's text files (folder or zip)",
+    )
+    add("--weights", metavar="MODEL", help="model folder or hub id to measure")
+    add("--images", metavar="DIR", help="the images of COCO annotations (with --weights)")
+    add(
+        "--protocol",
+        metavar="NAME",
+        help=f"measure as a benchmark's toolkit does: {', '.join(BENCHMARKS)}, or visdrone-official (that of the data, "
+        "where `crossdino prepare` made them; else COCO's with the bands and the cap below)",
+    )
+    add("--patches", metavar="JSON", help="SODA-D: the patches that the detections are of; they are merged")
+    add("--predictions-out", metavar="JSON", help="write the model's detections")
+    add("--json", metavar="JSON", help="write all numbers")
+    add("--max-detections", type=positive, help=f"per image and class ({_COCO_CAP}); a protocol has its own")
+    add("--size-bands", metavar="NAME=LOW-HIGH,...", help="bands of sqrt(area) in pixels; a protocol has its own")
+    add("--num-select", type=positive, help="detections kept per image (the model's own setting)")
+    add("--batch-size", type=positive, default=1, help="images or tiles per forward pass (1)")
+    add_tile_options(parser)
+    add("--device", help="cpu, cuda, ... (a GPU where there is one)")
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
     """Measure, print the table and write what is asked for."""
+    _check_options(options)
+    from crossdino.evaluation import COCO_SIZE_BANDS, evaluate_detections, evaluate_protocol, parse_size_bands
+    from crossdino.evaluation.caps import cap_warnings
+    from crossdino.provenance import provenance
+
+    bands = parse_size_bands(options.size_bands) if options.size_bands else COCO_SIZE_BANDS
+    measured = find_measured(options)
+    protocol = _chosen_protocol(options, measured)
+    console = make_console()
+    cap = options.max_detections or _COCO_CAP if protocol is None else _PROTOCOL_CAPS.get(protocol, _NO_CAP)
+    truth: Any = measured.truth if measured.path is None else measured.path  # a path, so that messages name the file
+    look, capped, model = None, [], None
+    if options.weights is not None:
+        model, mended, detections, look, capped = _detect(options, measured, cap, console)
+        truth = mended if protocol is None else truth
+    else:
+        detections = _read_detections(options.predictions, measured, console)
+        if protocol is None and not is_one_file(options.ground_truth):
+            from crossdino.data.formats import load_dataset
+
+            truth = load_dataset(options.ground_truth, options.split, require_images=False).to_coco()
+    if options.predictions_out is not None:
+        write_json(Path(options.predictions_out), detections)
+    if protocol is None:
+        result = evaluate_detections(truth, detections, max_detections=cap, size_bands=bands)
+    else:
+        result = evaluate_protocol(protocol, truth, detections, patches=measured.patches)
+    numbers = result.to_dict()
+    if look is not None:
+        numbers["settings"] = look.to_dict() | numbers["settings"]  # a protocol's own caps go before
+    about = [] if look is None else [str(look)]
+    if measured.official_split is not None:
+        about.append(f"{measured.benchmark}, split {measured.official_split}")
+    _print(console, result, about)
+    # SODA-D's cap counts merged detections of the large images, these are those of patches.
+    looked_at, cap = (truth, cap) if measured.patches is None else (measured.patches, _NO_CAP)
+    lines = cap_warnings(cap, look, capped, _content(looked_at), _content(detections))
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
+    if options.json is not None:
+        origin = provenance(
+            ground_truth=options.ground_truth,
+            split=measured.official_split or (None if is_one_file(options.ground_truth) else options.split),
+            benchmark=measured.benchmark,
+            predictions=options.predictions,
+            weights=options.weights,
+            model=model,
+            look=look,
+        )
+        content = {**numbers, "warnings": lines, "provenance": origin}
+        write_text(Path(options.json), json.dumps(content, indent=2, allow_nan=False) + "\n")
+    return 0
+
+
+def _print(console: Console, result: AveragePrecisionResult | ProtocolResult, about: list[str]) -> None:
+    """The tables, and what a reader must know about them."""
+    from crossdino.evaluation.protocol_result import ProtocolResult
+
+    table = result.table()
+    if isinstance(result, ProtocolResult):
+        classes = result.class_table()
+        console.print(table, *([] if classes is None else [classes]))
+        for line in (result.summary, *about, *result.notes):
+            console.print(line, soft_wrap=True, markup=False)
+    else:
+        table.caption = "\n".join([str(table.caption), *about])
+        console.print(table)
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Refuse what contradicts itself, before anything takes time."""
     if (options.weights is None) == (options.predictions is None):
-        raise InputError("give either --predictions (a COCO results file) or --weights (a model to run)")
+        raise InputError("give either --predictions (a file of detections) or --weights (a model to run)")
     check_destinations(options.json, options.predictions_out)
     of_model = ("images", "predictions_out", "num_select", *TILE_OPTIONS)
     given = next((name for name in of_model if getattr(options, name) is not None), None)
     if options.predictions is not None and given is not None:
         word = given.replace("_", "-")
         raise InputError(f"--{word} goes with --weights only: the detections are in --predictions already")
-    from crossdino.evaluation import COCO_SIZE_BANDS, evaluate_detections, parse_size_bands
-    from crossdino.evaluation.caps import cap_warnings
+    from crossdino.evaluation.protocols import PROTOCOLS
 
-    bands = parse_size_bands(options.size_bands) if options.size_bands else COCO_SIZE_BANDS
-    truth: Any = options.ground_truth
-    detections: Any = options.predictions
-    console = make_console()
-    if options.images is not None and not _is_one_file(truth):
-        raise InputError(f"--images goes with a COCO file only; {truth} says itself where its images are")
-    look, capped = None, []
-    if options.weights is not None:
-        truth, detections, look, capped = _detect(options, console)
-    elif not _is_one_file(truth):
-        from crossdino.data.formats import load_dataset
+    if options.protocol is not None and options.protocol not in PROTOCOLS:
+        hint = close_matches(options.protocol, PROTOCOLS) or f"; choose one of {', '.join(PROTOCOLS)}"
+        raise InputError(f"there is no protocol {options.protocol!r}{hint}")
+    own = next((name for name in ("max_detections", "size_bands") if getattr(options, name) is not None), None)
+    if options.protocol is not None and own is not None:
+        word = own.replace("_", "-")
+        raise InputError(f"--{word} and --protocol {options.protocol} exclude each other: a protocol has its own")
 
-        truth = load_dataset(truth, options.split, require_images=False).to_coco()
-    if options.predictions_out is not None:
-        write_json(Path(options.predictions_out), detections)
-    result = evaluate_detections(truth, detections, max_detections=options.max_detections, size_bands=bands)
-    table, numbers = result.table(), result.to_dict()
-    if look is not None:
-        table.caption = f"{table.caption}\n{look}"
-        numbers["settings"] |= look.to_dict()
-    console.print(table)
-    lines = cap_warnings(options.max_detections, look, capped, _content(truth), _content(detections))
-    for line in lines:
-        console.print(line, soft_wrap=True)
-    if options.json is not None:
-        write_text(Path(options.json), json.dumps({**numbers, "warnings": lines}, indent=2, allow_nan=False) + "\n")
-    return 0
+
+def _chosen_protocol(options: argparse.Namespace, measured: Measured) -> str | None:
+    """The protocol: the one asked for, or that of the data; None: COCO's AP with bands and a cap as wanted."""
+    if options.protocol is not None:
+        return options.protocol
+    if options.max_detections is not None or options.size_bands is not None:
+        return None
+    if measured.patches is not None:
+        return "sodad"
+    from crossdino.benchmarks import BENCHMARKS
+
+    return BENCHMARKS[measured.benchmark].protocol if measured.benchmark in BENCHMARKS else None
+
+
+def _read_detections(place: str, measured: Measured, console: Console) -> Any:
+    """The detections as COCO results, or the path of a JSON file of these."""
+    if Path(place).suffix.lower() == ".json" or not Path(place).exists():
+        return place
+    from crossdino.exchange import read_results
+
+    def tell(line: str) -> None:
+        console.print(line, soft_wrap=True, markup=False)
+
+    return read_results(place, None, measured.truth, on_note=tell)
 
 
 def _content(source: Any) -> Any:
@@ -66,41 +188,40 @@ def _content(source: Any) -> Any:
     return json.loads(Path(source).read_text(encoding="utf-8-sig")) if isinstance(source, (str, Path)) else source
 
 
-def _is_one_file(ground_truth: str) -> bool:
-    """Whether the ground truth is a COCO file; a folder or a YAML file is a data set with splits."""
-    path = Path(ground_truth)
-    return not path.is_dir() and path.suffix.lower() not in (".yaml", ".yml")
-
-
-def how_to_look(options: argparse.Namespace, inference: InferenceConfig) -> Look:
+def how_to_look(options: argparse.Namespace, inference: InferenceConfig, cap: int) -> Look:
     """How images are looked at: as the options say, and else as the model wants it.
+
+    Args:
+        options: of the command.
+        inference: the model's own settings.
+        cap: detections per image and class that count.
 
     Raises:
         InputError: the model does not know which tiles suit it.
     """
     from crossdino.evaluation.caps import Look
 
-    return Look.of(chosen_inference(options, inference), options.max_detections)
+    return Look.of(chosen_inference(options, inference), cap)
 
 
 def _detect(
-    options: argparse.Namespace, console: Console
-) -> tuple[dict[str, Any], list[dict[str, Any]], Look, list[int]]:
+    options: argparse.Namespace, measured: Measured, cap: int, console: Console
+) -> tuple[CrossDINO, dict[str, Any], list[dict[str, Any]], Look, list[int]]:
     """Run a model over the images of the ground truth.
 
     Returns:
-        The truth as it was understood, the detections, how the images were looked at, and the ids of those of which
-        `num_select` left something out.
+        The model, the truth as it was understood, the detections, how the images were looked at, and the ids of those
+        of which `num_select` left something out.
     """
     from crossdino.checkpoints import load_model
     from crossdino.data.coco import load_coco
     from crossdino.data.formats import load_dataset
 
     model = load_model(options.weights, device=choose_device(options.device))
-    look = how_to_look(options, model.inference)
-    if _is_one_file(options.ground_truth):
-        index = load_coco(options.ground_truth, options.images, class_names=model.config.class_names)
+    look = how_to_look(options, model.inference, cap)
+    if measured.path is None:
+        index = load_dataset(measured.annotations, measured.split, class_names=model.config.class_names)
     else:
-        index = load_dataset(options.ground_truth, options.split, class_names=model.config.class_names)
+        index = load_coco(measured.annotations, measured.images, class_names=model.config.class_names)
     detections, capped = detect_images(model, index, model.inference, look, options.batch_size, console)
-    return index.to_coco(), detections, look, capped
+    return model, index.to_coco(), detections, look, capped

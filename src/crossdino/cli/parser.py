@@ -12,10 +12,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from crossdino.cli.calibrate import add_calibrate_options, run_calibrate
-from crossdino.cli.evaluate import run_evaluate
+from crossdino.cli.compare import add_compare_options, run_compare
+from crossdino.cli.convert_results import add_convert_results_options, run_convert_results
+from crossdino.cli.evaluate import add_evaluate_options, run_evaluate
 from crossdino.cli.inspect import run_inspect
 from crossdino.cli.models import run_convert_weights, run_info, run_recipes
 from crossdino.cli.predict import add_predict_options, run_predict
+from crossdino.cli.prepare import add_prepare_options, run_prepare
+from crossdino.cli.report import add_report_options, run_report
 from crossdino.cli.tile import add_options as add_cut_options
 from crossdino.cli.tile import run_tile
 from crossdino.cli.train import run_train
@@ -23,7 +27,10 @@ from crossdino.cli.values import above_zero, add_tile_options, positive
 from crossdino.config import close_matches, option_names
 from crossdino.errors import InputError
 
-COMMANDS = ("inspect", "tile", "train", "evaluate", "calibrate", "predict", "convert-weights", "info", "recipes")
+COMMANDS = (
+    *("inspect", "prepare", "tile", "train", "evaluate", "compare", "report", "calibrate"),
+    *("predict", "convert-results", "convert-weights", "info", "recipes"),
+)
 _DATA_HELP = "a folder, a YAML data file or a COCO JSON file, in COCO, YOLO or Pascal VOC form"
 # The commands that take every setting as an option.
 WITH_SETTINGS = ("inspect", "train")
@@ -89,6 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--output", metavar="DIR", help="write inspect.png, inspect.json and proposal.yaml")
     inspect.add_argument("--json", metavar="JSON", help="write all numbers")
 
+    prepare = command("prepare", run_prepare, "Turn a benchmark's raw data into COCO files.")
+    add_prepare_options(prepare)
+
     train = command("train", run_train, "Train a detector.", epilog=epilog)
     train.add_argument("--recipe", help="where the settings start from; `crossdino recipes` lists them")
     train.add_argument("--config", metavar="YAML", help="file with settings, which go before those of the recipe")
@@ -108,21 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     evaluate = command("evaluate", run_evaluate, "Measure average precision, of a model or of a file of detections.")
-    evaluate.add_argument(
-        "--ground-truth", metavar="DATA", required=True, help=f"COCO annotations, or a data set: {_DATA_HELP}"
-    )
-    evaluate.add_argument("--split", default="val", help="which split of a data set (val)")
-    evaluate.add_argument("--predictions", metavar="JSON", help="COCO results to measure")
-    evaluate.add_argument("--weights", metavar="MODEL", help="model folder or hub id to measure")
-    evaluate.add_argument("--images", metavar="DIR", help="the images of COCO annotations (with --weights)")
-    evaluate.add_argument("--predictions-out", metavar="JSON", help="write the model's detections")
-    evaluate.add_argument("--json", metavar="JSON", help="write all numbers")
-    evaluate.add_argument("--max-detections", type=positive, default=100, help="per image and class (100)")
-    evaluate.add_argument("--size-bands", metavar="NAME=LOW-HIGH,...", help="bands of sqrt(area) in pixels")
-    evaluate.add_argument("--num-select", type=positive, help="detections kept per image (the model's own setting)")
-    evaluate.add_argument("--batch-size", type=positive, default=1, help="images or tiles per forward pass (1)")
-    add_tile_options(evaluate)
-    evaluate.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
+    add_evaluate_options(evaluate, _DATA_HELP)
 
     predict = command("predict", run_predict, "Detect objects in images and videos; writes pictures and tables.")
     add_predict_options(predict)
@@ -133,9 +129,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     calibrate = command("calibrate", run_calibrate, "Fit confidences and thresholds by size and class.")
     add_calibrate_options(calibrate)
+    compare = command("compare", run_compare, "Confidence intervals of detections, and of the difference of two files.")
+    add_compare_options(compare)
+    report = command("report", run_report, "Trainings and evaluations in a table, beside the paper's numbers.")
+    add_report_options(report)
     cut = command("tile", run_tile, "Cut a data set into tiles on disk, for tools that want them.")
     add_cut_options(cut)
 
+    exchange = command("convert-results", run_convert_results, "Turn result files of one toolkit into another's.")
+    add_convert_results_options(exchange)
     convert = command("convert-weights", run_convert_weights, "Turn an official DINO checkpoint into a model folder.")
     convert.add_argument("source", metavar="SOURCE", help="the official file (.pth)")
     convert.add_argument("--output", metavar="DIR", required=True, help="the model folder to write")
@@ -150,9 +152,12 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("recipes", nargs="*", metavar="RECIPE", help="which ones (all)")
     info.add_argument("--size", nargs=2, type=positive, default=(800, 1333), metavar=("HEIGHT", "WIDTH"))
 
-    recipes = command("recipes", run_recipes, "List the recipes.")
+    recipes = command("recipes", run_recipes, "List the recipes, with the numbers of the paper.")
     recipes.add_argument("--show", metavar="RECIPE", help="print all settings of one instead, as YAML")
-    for made in (inspect, cut, train, evaluate, calibrate, predict, convert, info, recipes):
+    recipes.add_argument("--benchmark", metavar="NAME", help="only those for this data set: coco, visdrone, ...")
+    recipes.add_argument("--json", metavar="JSON", nargs="?", const="-", help="print, or write, all numbers as JSON")
+    recipes.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    for made in commands.choices.values():
         made.set_defaults(known_options=list(made._option_string_actions))
     return parser
 

@@ -42,6 +42,7 @@ from crossdino.progress import (
     evaluations_table,
     write_metrics_csv,
 )
+from crossdino.provenance import record_training
 from crossdino.run_folder import (
     CSV_FILE,
     CURVES_FILE,
@@ -193,6 +194,7 @@ def _train(
     state = prepare_state(model, settings, accelerator)
     if accelerator.is_main_process:
         prepare_output(output, config, overwrite)
+        record_training(output, resumed=continues)
     accelerator.wait_for_everyone()
     if continues:
         load_last(output, state)
