@@ -64,7 +64,11 @@ def random_scenes(
 
 
 def pycocotools_arrays(
-    truth: dict, detections: list[dict], ranges: list[tuple[float, float]], caps: list[int]
+    truth: dict,
+    detections: list[dict],
+    ranges: list[tuple[float, float]],
+    caps: list[int],
+    thresholds: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Precision and recall of pycocotools itself, with annotation ids from 1."""
     truth = copy.deepcopy(truth)
@@ -74,8 +78,12 @@ def pycocotools_arrays(
         ground_truth = COCO()
         ground_truth.dataset = truth
         ground_truth.createIndex()
-        evaluator = COCOeval(ground_truth, ground_truth.loadRes(copy.deepcopy(detections)), "bbox")
+        # It cannot load an empty list.
+        found = ground_truth.loadRes(copy.deepcopy(detections)) if detections else COCO()
+        evaluator = COCOeval(ground_truth, found, "bbox")
         evaluator.params.maxDets = caps
+        if thresholds is not None:
+            evaluator.params.iouThrs = thresholds
         evaluator.params.areaRng = [list(bounds) for bounds in ranges]
         evaluator.params.areaRngLbl = [str(place) for place in range(len(ranges))]
         evaluator.evaluate()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+import multiprocessing
+import threading
 
 import numpy as np
 import pytest
 
 from crossdino.errors import InputError
+from crossdino.evaluation.accumulation import hits_for_recalls
 from crossdino.evaluation.average_precision import evaluate_detections
-from crossdino.evaluation.bootstrap import _needed, draw_images
-from crossdino.evaluation.comparison import clear_side, compare_detections
+from crossdino.evaluation.bootstrap import draw_images
+from crossdino.evaluation.comparison import clear_side, compare_detections, p_text
 from crossdino.evaluation.protocols import evaluate_protocol
 
 # Both sides add the same numbers in double precision, in another order.
@@ -141,7 +144,7 @@ def test_equals_the_duplicated_data_set(protocol, score_digits, cap):
 
 def test_recalls_are_compared_as_they_are_rounded():
     many = np.arange(1, 1500)
-    for count, needed in zip(many, _needed(many), strict=True):
+    for count, needed in zip(many, hits_for_recalls(many), strict=True):
         recalls = np.arange(count + 1) / count
         np.testing.assert_array_equal(needed, np.searchsorted(recalls, np.linspace(0, 1, 101)))
 
@@ -239,6 +242,29 @@ def test_processes_compute_the_same(monkeypatch):
     there = compare_detections(truth, [detections], num_resamples=150, num_processes=2)
     for name, values in here.samples.items():
         np.testing.assert_array_equal(there.samples[name], values)
+
+
+def test_ctrl_c_leaves_nobody_computing(monkeypatch):
+    truth, detections = made_up(2)
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("crossdino.evaluation.comparison._WORTH_PROCESSES", 0)
+        with pytest.raises(KeyboardInterrupt):
+            compare_detections(truth, [detections], num_resamples=150, num_processes=2, on_progress=interrupt)
+    assert multiprocessing.active_children() == []
+    # What such a process does once the parent has said so: at most the resamples that it has begun with.
+    stop = threading.Event()
+    stop.set()
+    monkeypatch.setattr("crossdino.evaluation.bootstrap._asked_to_stop", stop)
+    samples = compare_detections(truth, [detections], num_resamples=100).samples
+    assert all(np.isnan(values).all() for values in samples.values())
+
+
+def test_p_values_are_never_printed_as_zero():
+    assert [p_text(value) for value in (2 / 5001, 2 / 1001, 0.04, 1.0)] == ["<0.001", "0.002", "0.040", "1.000"]
 
 
 def simulated(rng: np.random.Generator, num_images: int, shifts: tuple[float, ...]) -> tuple[dict, list[list[dict]]]:

@@ -57,16 +57,19 @@ def test_equals_pycocotools(name, case):
     assert list(result.metrics) == ORDER[name].split()
     measured = {metric: value for metric, value in result.metrics.items() if not metric.startswith("oLRP")}
     assert measured == pytest.approx(expected, abs=TOLERANCE, nan_ok=True)
-    by_class = [
-        {
+    for label, numbers in enumerate(result.by_class.values()):
+        assert list(numbers) == ORDER[name].split()
+        wanted = {
             "AP": mean_of(precision[:, :, label, 0, -1]),
             "AP50": mean_of(precision[0, :, label, 0, -1]),
             "AP75": mean_of(precision[5, :, label, 0, -1]),
         }
-        for label in range(len(truth["categories"]))
-    ]
-    for numbers, wanted in zip(result.by_class.values(), by_class, strict=True):
-        assert numbers == pytest.approx(wanted, abs=TOLERANCE, nan_ok=True)
+        for place, band in enumerate(bands, start=1):
+            wanted[f"AP_{band}"] = mean_of(precision[:, :, label, place, -1])
+            wanted[f"AR_{band}"] = mean_of(recall[:, label, place, -1])
+        wanted |= {f"AR@{cap}": mean_of(recall[:, label, 0, place]) for place, cap in enumerate(caps)}
+        measured = {metric: value for metric, value in numbers.items() if not metric.startswith("oLRP")}
+        assert measured == pytest.approx(wanted, abs=TOLERANCE, nan_ok=True)
 
 
 @pytest.mark.parametrize("seed", [4, 5])
@@ -102,7 +105,7 @@ def test_an_object_on_an_edge_is_in_both_bands(name, edge, lower, upper):
         for band in TABLES[name][0]:
             assert result.counts[f"objects_{band}"] == (band in inside)
             if band in inside:
-                assert result.metrics[f"AP_{band}"] == result.metrics[f"AR_{band}"] == pytest.approx(1.0)
+                assert [result.metrics[f"{kind}_{band}"] for kind in ("AP", "AR")] == pytest.approx([1.0, 1.0])
             else:
                 assert math.isnan(result.metrics[f"AP_{band}"])
 
@@ -121,6 +124,19 @@ def test_a_false_detection_on_an_edge_harms_both_bands(name, edge, lower, upper)
     for band in TABLES[name][0]:
         # Behind one false detection the only hit has precision 1/2.
         assert metrics[f"AP_{band}"] == pytest.approx(0.5 if band in (lower, upper) else 1.0)
+
+
+def test_objects_outside_of_a_band_are_taken_after_those_inside():
+    # The detection overlaps the tiny object (area 200) by 0.6 and the one that the file calls larger by 0.9.
+    truth = scene({"bbox": [0.0, 0.0, 10.0, 6.0], "area": 200}, {"bbox": [0.0, 0.0, 10.0, 9.0], "area": 500})
+    metrics = evaluate_protocol("aitod", truth, [hit([0.0, 0.0, 10.0, 10.0])]).metrics
+    # At 0.50, 0.55 and 0.60 it finds the tiny one; above, it lies on the other one and is neither right nor wrong.
+    assert (metrics["AP_t"], metrics["AR_t"]) == pytest.approx((0.3, 0.3), abs=TOLERANCE)
+    # Of the larger ones: only up to 0.60 there is a choice, and it is for the one inside the band: 0.50 to 0.90.
+    assert (metrics["AP_s"], metrics["AR_s"]) == pytest.approx((0.9, 0.9), abs=TOLERANCE)
+    # Over all areas the highest overlap is taken: one of two objects up to 0.90; of the 101 recalls, 0 to 0.50.
+    assert metrics["AR@100"] == pytest.approx(0.9 * 1 / 2, abs=TOLERANCE)
+    assert metrics["AP"] == pytest.approx(0.9 * 51 / 101, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -222,13 +238,3 @@ def test_ignore_is_not_read_and_said_so():
     result = evaluate_protocol("coco", scene({"bbox": box, "ignore": 1}), [hit(box)])
     assert (result.num_objects, result.metrics["AP"]) == (1, pytest.approx(1.0))
     assert any("`ignore`" in note for note in result.notes)
-
-
-def test_all_classes_at_once_or_one_by_one(monkeypatch):
-    from crossdino.evaluation import accumulation
-
-    truth, detections = random_scenes(6)
-    together = evaluate_protocol("aitod", truth, detections)
-    monkeypatch.setattr(accumulation, "_BOXES_AT_ONCE", 1)
-    one_by_one = evaluate_protocol("aitod", truth, detections)
-    assert one_by_one.to_dict() == together.to_dict()

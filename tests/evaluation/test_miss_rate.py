@@ -253,7 +253,7 @@ def test_images_without_annotation_do_not_count() -> None:
     assert left_out.num_images == 1
     assert left_out.counts["detections_left_out_with_their_image"] == 1
     assert left_out.settings["fppi_reached"] == 1.0
-    assert "3 images without any annotation are left out" in left_out.notes[-1]
+    assert "3 images without any annotation: left out" in left_out.notes[-1]
     counted = evaluate_widerperson(ground_truth, found(*rows), count_unannotated=True)
     assert counted.num_images == 4
     assert (counted.counts["false_positives"], counted.settings["fppi_reached"]) == (2, 0.5)

@@ -13,6 +13,7 @@ import pytest
 from crossdino.benchmarks import BENCHMARKS
 from crossdino.errors import InputError
 from crossdino.evaluation import PROTOCOLS, evaluate_protocol
+from crossdino.evaluation.protocol_result import ProtocolResult
 from tests.evaluation.coco_cases import hit, random_scenes, scene
 
 BOX = [0.0, 0.0, 10.0, 10.0]
@@ -38,12 +39,15 @@ def test_files_and_json(tmp_path, name):
     assert result.metrics == pytest.approx(evaluate_protocol(name, truth, detections).metrics, abs=0, nan_ok=True)
     content = json.loads(result.to_json())
     assert content["metrics"]["AP"] == result.metrics["AP"]
-    assert content["by_class"]["class90"] == {"AP": None, "AP50": None, "AP75": None}
+    assert content["by_class"]["class90"] == dict.fromkeys(result.metrics)  # no objects: null throughout
     assert (content["settings"]["split"], content["settings"]["options"]) == ("test-dev", {"mode": "drop"})
     assert content["num_objects"] == sum(
         not item["ignore" if name == "sodad" else "iscrowd"] for item in truth["annotations"]
     )
     truth_file.write_text("[1, 2")
+    with pytest.raises(InputError, match=r"truth\.json is not JSON"):
+        evaluate_protocol(name, truth_file, found_file)
+    truth_file.write_text("[" * 100_000)  # deeper than the parser goes
     with pytest.raises(InputError, match=r"truth\.json is not JSON"):
         evaluate_protocol(name, truth_file, found_file)
 
@@ -78,6 +82,39 @@ def test_broken_entries_are_named(truth, found, pieces):
     assert "\n" not in str(error.value)
     for piece in pieces:
         assert piece in str(error.value)
+
+
+def test_tables_for_the_terminal():
+    boxes = [[0.0, 0.0, 10.0, 10.0], [50.0, 0.0, 20.0, 20.0]]
+    one = evaluate_protocol("aitod", scene({"bbox": boxes[0]}), [hit(boxes[0])])
+    assert one.summary == "1 image, 1 object, 1 detection"
+    assert one.class_table() is None
+    truth = scene(
+        *({"bbox": box, "category_id": 1} for box in boxes), {"bbox": boxes[0], "category_id": 2}, num_classes=3
+    )
+    two = evaluate_protocol("aitod", truth, [hit(boxes[0]), hit(boxes[0], category_id=2)])
+    assert two.summary == "1 image, 3 objects, 2 detections"
+    assert "1 class without objects, left out of the means: class3" in two.notes
+    table = two.class_table()
+    assert table is not None
+    headers = ["class", "AP", "AP50", "AP75", "AP_vt", "AP_t", "AP_s", "AP_m"]
+    assert [column.header for column in table.columns] == headers
+    assert [list(column.cells) for column in table.columns][5:7] == [["100.0", "100.0"], ["0.0", "-"]]
+    # What the terminal has no room for is in the JSON: one of two objects is found, without a false one.
+    assert two.by_class["class1"]["AR@1500"] == pytest.approx(0.5)
+    assert two.by_class["class1"]["oLRP"] == pytest.approx(0.5)
+    assert math.isnan(two.by_class["class3"]["oLRP"])
+
+
+def test_a_long_name_keeps_its_line():
+    from rich.console import Console
+
+    numbers = {"AP": 0.5}
+    table = ProtocolResult("visdrone-official", numbers, {}, 1, 1, 1, {}).table()
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(table)
+    assert "visdrone-official" in capture.get()
 
 
 def test_measuring_files_needs_no_torch():

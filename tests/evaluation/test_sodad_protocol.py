@@ -101,9 +101,54 @@ def test_category_ten_is_left_out():
         "people": 0,
         "other": pytest.approx(1),
     }
-    assert any("its 1 annotations are left out" in note for note in result.notes)
+    assert any("category 10" in note and "left out with 1 annotation" in note for note in result.notes)
     with pytest.raises(InputError, match="category_id 10"):
         evaluate_protocol("sodad", truth, [hit(box, category_id=10)])
+
+
+def test_a_detection_in_a_region_of_category_ten_is_wrong():
+    truth = scene({"bbox": [0.0, 0.0, 10.0, 10.0]}, {"bbox": [100.0, 0.0, 300.0, 300.0], "category_id": 10})
+    truth["categories"].append({"id": 10, "name": "ignore"})
+    # Behind the one in the region, the only hit has precision 1/2.
+    found = [hit([150.0, 50.0, 10.0, 10.0], 0.9), hit([0.0, 0.0, 10.0, 10.0], 0.5)]
+    assert evaluate_protocol("sodad", truth, found).metrics["AP"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("height", "ap"), [(32.0, 0.5), (32.001, 1.0)])
+def test_false_detections_above_1024_do_not_harm_ap(height, ap):
+    objects = [{"bbox": [0.0, 0.0, 10.0, 10.0]}, {"bbox": [0.0, 100.0, 40.0, 40.0]}]
+    found = [hit([0.0, 0.0, 10.0, 10.0], 0.5), hit([0.0, 100.0, 40.0, 40.0], 0.4), hit([300.0, 0.0, 32.0, height], 0.9)]
+    metrics = evaluate_protocol("sodad", scene(*objects), found).metrics
+    # 32 x 32 is small and Normal at once; what is larger is Normal only, where it stands before the only hit.
+    assert (metrics["AP"], metrics["AP_eS"], metrics["AP_N"]) == pytest.approx((ap, 1.0, 0.5))
+
+
+def test_objects_above_1024_take_detections_without_effect_on_ap():
+    # The second object is found by a detection of 900 px^2, IoU 900 / 1600: neutral at 0.50 and 0.55, wrong above.
+    objects = [{"bbox": [0.0, 0.0, 10.0, 10.0]}, {"bbox": [0.0, 100.0, 40.0, 40.0]}]
+    found = [hit([0.0, 0.0, 10.0, 10.0], 0.5), hit([0.0, 100.0, 30.0, 30.0], 0.9)]
+    metrics = evaluate_protocol("sodad", scene(*objects), found).metrics
+    assert metrics["AP"] == pytest.approx((2 * 1 + 8 * 1 / 2) / 10)
+    assert metrics["AR@100"] == pytest.approx(1.0)
+    # Above 2000 px^2 an object is in no band, and nobody asks for it.
+    large = evaluate_protocol("sodad", scene(objects[0], {"bbox": [0.0, 100.0, 50.0, 50.0]}), found[:1])
+    assert large.metrics["AP"] == pytest.approx(1.0) and math.isnan(large.metrics["AP_N"])
+
+
+def test_an_original_without_detections_counts_with_its_objects():
+    box = [0.0, 0.0, 10.0, 10.0]
+    truth = scene({"bbox": [650.0, 0.0, 10.0, 10.0]}, {"bbox": box, "image_id": 2}, num_images=2)
+    patches = {
+        # The second original has no patch at all: the original code leaves out images without annotations there.
+        "images": [{"id": 7, "ori_id": 1, "start_coord": [650, 0]}, {"id": 8, "ori_id": 1, "start_coord": [0, 0]}],
+        "categories": [{"id": 1, "name": "class1"}],
+    }
+    found = [hit(box, 0.9, 7), hit([651.0, 0.0, 10.0, 10.0], 0.8, 8)]  # twice the same object
+    result = evaluate_protocol("sodad", truth, found, patches=patches)
+    # One of two objects, no false detection: of the 101 recalls 0 to 0.50.
+    assert result.metrics["AP"] == pytest.approx(51 / 101)
+    assert (result.metrics["AR@100"], result.num_images, result.num_objects) == (pytest.approx(0.5), 2, 2)
+    assert result.settings["merging"]["num_detections"] == 1
 
 
 def make_patches(seed: int, num_originals: int = 3, per_patch: int = 25) -> tuple[dict, list[dict]]:

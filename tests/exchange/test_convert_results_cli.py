@@ -36,7 +36,7 @@ def convert(data: Path, source: str, to: str, output: str, *more: str) -> int:
 
 def test_there_and_back(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert convert(data, "found.json", "visdrone", "out.zip") == 0
-    assert "2 detections of 1 images, as visdrone" in capsys.readouterr().out
+    assert "2 detections of 1 image, as visdrone" in capsys.readouterr().out
     assert convert(data, "out.zip", "coco", "back.json") == 0
     assert json.loads((data / "back.json").read_text()) == RESULTS
     assert convert(data, "out.zip", "visdrone", "out", "--from", "visdrone") == 0
@@ -60,7 +60,27 @@ def test_mistakes(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is one file" in complaint("found.json", "visdrone", "out", "--from", "visdrone")
     assert "--split goes with" in complaint("found.json", "visdrone", "out", "--split", "val")
     assert "does not exist" in complaint("none.json", "visdrone", "out")
+    words = [str(data / "found.json"), "--ground-truth", str(data / "no"), "--output", str(data / "out")]
+    assert main(["convert-results", *words, "--to", "visdrone", "--split", "test"]) == 2
+    assert "no does not exist: check the path of --ground-truth" in capsys.readouterr().err
     assert "invalid choice" in complaint("found.json", "yolo", "out")
+
+
+def test_a_prepared_folder_by_role_and_by_official_name(data: Path) -> None:
+    folder = data / "prepared"
+    (folder / "annotations").mkdir(parents=True)
+    splits = {"test-dev": {"annotations": "annotations/test-dev.json", "images": "images/test-dev"}}
+    (folder / "benchmark.json").write_text(json.dumps({"splits": splits, "roles": {"test": "test-dev"}}))
+    (folder / "annotations" / "test-dev.json").write_text(json.dumps(TRUTH))
+    for place, split in enumerate(("test", "test-dev")):
+        words = [str(data / "found.json"), "--ground-truth", str(folder), "--split", split, "--to", "visdrone"]
+        assert main(["convert-results", *words, "--output", str(data / f"out{place}")]) == 0
+        assert (data / f"out{place}" / "b.txt").read_text() == ""
+    words = [str(data / "found.json"), "--ground-truth", str(folder), "--to", "coco"]
+    assert main(["convert-results", *words, "--output", str(data / "out.json")]) == 2  # there is no val
+    truth = folder / "annotations" / "test-dev.json"
+    assert main(["convert-results", *words, "--split", "test", "--output", str(truth)]) == 2
+    assert json.loads(truth.read_text()) == TRUTH
 
 
 def test_a_data_set_as_ground_truth(data: Path) -> None:

@@ -106,7 +106,7 @@ def test_archives_as_others_pack_them(tmp_path: Path) -> None:
     results, notes = read(path)
     assert results == [result(7, 0.5, 1, 2, 3, 4)]
     assert notes == [
-        f"{path}: 2 of 3 images have no file (the first: b.1.jpg); they count as images without detections"
+        f"{path}: images without a file: 2 of 3, the first b.1.jpg; they count as images without detections"
     ]
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("other/a.txt", "")
@@ -116,7 +116,7 @@ def test_archives_as_others_pack_them(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_a_warning_by_default(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "out", a="1,2,3,4,0.5,4,-1,-1")
-    with pytest.warns(UserWarning, match="2 of 3 images have no file"):
+    with pytest.warns(UserWarning, match="images without a file: 2 of 3"):
         assert len(read_results(folder, "visdrone", TRUTH)) == 1
 
 
@@ -137,8 +137,9 @@ def test_the_order_within_a_file_is_kept(tmp_path: Path) -> None:
         ("1,2,3,inf,0.5,4,-1,-1", r"a\.txt, line 2 has 'inf'"),
         ("1,2,-3,4,0.5,4,-1,-1", r"a\.txt, line 2 has width -3"),
         ("1,2,3,4,0.5,4.5,-1,-1", r"a\.txt, line 2 has 4\.5 where a whole number"),
-        ("1,2,3,4,0.5,11,-1,-1", r"a\.txt has class 11, .*1, 2, 3"),
-        ("1,2,3,4,0,0,0,0", r"a\.txt has class 0"),
+        ("1,2,3,4,0.5,11,-1,-1", r"a\.txt, line 2 has class 11, .*1, 2, 3.*annotations only"),
+        ("1,2,3,4,0.5,12,-1,-1", r"a\.txt, line 2 has class 12, .*only$"),
+        ("1,2,3,4,0,0,0,0", r"a\.txt, line 2 has class 0"),
     ],
 )
 def test_broken_lines(tmp_path: Path, line: str, message: str) -> None:
@@ -184,8 +185,27 @@ def test_more_than_the_toolkit_measures_is_told(tmp_path: Path) -> None:
     notes: list[str] = []
     rows = [result(7, 1 - place / 1000, 1, 2, 3, 4) for place in range(501)]
     write_results(rows, tmp_path / "out", "visdrone", TRUTH, on_note=notes.append)
-    assert len(notes) == 1 and "1 images have more than 500" in notes[0]
+    assert len(notes) == 1 and "images with more than 500 detections: 1;" in notes[0]
     assert len((tmp_path / "out" / "a.txt").read_text().splitlines()) == 501
+
+
+def test_scores_in_per_cent_are_told(tmp_path: Path) -> None:
+    notes: list[str] = []
+    rows = [result(7, 90, 1, 2, 3, 4), result(7, 1, 1, 2, 3, 4), result(7, 0, 1, 2, 3, 4), result(7, -0.5, 1, 2, 3, 4)]
+    write_results(rows, tmp_path / "out", "visdrone", TRUTH, on_note=notes.append)
+    write_results(rows, tmp_path / "out.json", "coco", TRUTH, on_note=notes.append)
+    assert len(notes) == 2 and all("outside of 0 to 1: 2, such as 90;" in note for note in notes)
+    assert read(tmp_path / "out")[0] == rows  # as they are
+
+
+def test_numbers_with_an_exponent_and_names_with_blanks_and_dots(tmp_path: Path) -> None:
+    truth = {**TRUTH, "images": [{"id": 7, "file_name": "val/sub dir/a b.v1.jpg"}]}
+    folder = write_folder(tmp_path / "in", **{"a b.v1": "1.5e2,2E+1,3.0e0,4e-1,1e-3,4,-1,-1\n"})
+    rows = [result(7, 0.001, 150, 20, 3, 0.4)]
+    assert read(folder, truth=truth) == (rows, [])
+    write_results(rows, tmp_path / "out", "visdrone", truth)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a b.v1.txt"]
+    assert read(tmp_path / "out", truth=truth) == (rows, [])
 
 
 def test_widerperson(tmp_path: Path) -> None:
@@ -220,7 +240,7 @@ def test_widerperson_keeps_boxes_to_the_last_digits(tmp_path: Path) -> None:
         ("2\n1 1 2 3 4 0.5\n", "line 1 says 2 detections, but there are 1"),
         ("1\n1 1 2 3 4\n", r"line 2 has 5 fields \(5 are an annotation\)"),
         ("1\n1 9 2 3 4 0.5\n", "line 2 ends before it begins"),
-        ("1\n2 1 2 3 4 0.5\n", "has class 2"),
+        ("1\n2 1 2 3 4 0.5\n", "line 2 has class 2"),
     ],
 )
 def test_broken_widerperson(tmp_path: Path, text: str, message: str) -> None:

@@ -1,52 +1,43 @@
-"""COCO's matching and accumulation, for any ranges of area and any caps at once: the engine below every AP of ours.
+"""COCO's precision and recall, for any ranges of area and any caps at once: the engine below every AP of ours.
 
-faster-coco-eval does the work and gives the numbers of pycocotools. Places where the usual wrappers go wrong are closed
-here: numbers are read from its arrays at the caps asked for (`summarize()` reports 100 detections whatever was set),
-and annotations are numbered from 1 (an annotation id of 0 stands for "not matched" there). Classes do not know of each
-other, so they are taken a few at a time: the memory for millions of detections stays bounded.
+The numbers are those of `pycocotools`, to the last bit. Its `accumulate` walks through every detection for each class,
+range, cap and threshold; here a curve is looked at only where a detection is right, since in between precision falls.
+What a detection is comes from `match_table`, which matches all thresholds and ranges together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from faster_coco_eval import COCO, COCOeval_faster
-from numpy.typing import NDArray
 
-from crossdino.evaluation.coco_input import Floats, Found, Ints, Truth, no_garbage_collection
+from crossdino.evaluation.coco_input import Floats, Found, Ints, Truth
+from crossdino.evaluation.match_table import RIGHT, WRONG, MatchTable, match_table, outside_band
 
 COCO_IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 LARGEST_AREA = 1e10
 """COCO's upper bound of all areas, in square pixels."""
 
-# Boxes that are handed to the evaluator at once; a class is never divided.
-_BOXES_AT_ONCE = 400_000
+# COCO's recalls, as its code makes them: recall and these are compared as they are rounded.
+_RECALLS = np.linspace(0.0, 1.0, 101)
 
 
 @dataclass(frozen=True)
-class Part:
-    """The result of some classes, K in number.
+class Accumulation:
+    """What was found of K classes.
 
     Attributes:
-        classes: their labels, consecutive.
-        truth: their annotations.
-        found: their detections.
-        precision: (IoU thresholds, 101 recalls, K, ranges, caps); -1 where there is no object.
-        recall: (IoU thresholds, K, ranges, caps); -1 where there is no object.
-        overlaps: (position of the image, label) -> overlap of its detections, the best first and up to the largest cap,
-            with its annotations, in the order of the file; with a crowd relative to the detection. Empty or missing
-            where there are no detections or no annotations.
+        precision: (T, 101, K, ranges) at COCO's recalls; -1 where there is no object.
+        recall: (T, K, ranges, caps); -1 where there is no object.
+        num_objects: (K, ranges) objects that are asked for.
+        table: what every detection is.
     """
 
-    classes: range
-    truth: Truth
-    found: Found
     precision: Floats
     recall: Floats
-    overlaps: Mapping[tuple[int, int], Any]
+    num_objects: Ints
+    table: MatchTable
 
 
 def accumulate(
@@ -55,117 +46,78 @@ def accumulate(
     ranges: Sequence[tuple[float, float]],
     caps: Sequence[int],
     thresholds: Floats = COCO_IOU_THRESHOLDS,
-) -> tuple[Floats, Floats]:
+    precision_cap: int | None = None,
+) -> Accumulation:
     """Precision and recall of all classes.
 
     Args:
-        truth: the annotations; one whose area lies outside a range is ignored there: a detection may take it, once, and
-            is then neither right nor wrong. Crowds are ignored everywhere and may be taken by many.
+        truth: the annotations. One whose area lies outside a range, and one that is ignored, is not asked for: a
+            detection may take it, once, and is then neither right nor wrong. Neither are crowds, which many may take.
         found: the detections.
         ranges: lower and upper bound of the area in square pixels, both inclusive.
-        caps: ascending; so many of the best detections of an image and class count.
+        caps: so many of the best detections of an image and class count, for recall.
         thresholds: (T,) ascending.
-
-    Returns:
-        (T, 101, classes, ranges, caps) precision and (T, classes, ranges, caps) recall; -1 marks what has no objects.
+        precision_cap: the one of the caps that counts for precision; None: the largest.
     """
-    parts = accumulate_parts(truth, found, ranges, caps, thresholds)
-    precisions, recalls = zip(*((part.precision, part.recall) for part in parts), strict=True)
-    return np.concatenate(precisions, axis=2), np.concatenate(recalls, axis=1)
-
-
-def accumulate_parts(
-    truth: Truth,
-    found: Found,
-    ranges: Sequence[tuple[float, float]],
-    caps: Sequence[int],
-    thresholds: Floats = COCO_IOU_THRESHOLDS,
-) -> Iterator[Part]:
-    """The same as `accumulate`, a few classes at a time and with the overlaps that it found, by ascending label."""
+    bands = np.array(ranges, dtype=np.float64)
+    table = match_table(found, truth, thresholds, bands, max(caps))
+    asked = ~outside_band(truth, bands)
     num_classes = len(truth.category_ids)
-    sizes = np.bincount(truth.labels, minlength=num_classes) + np.bincount(found.labels, minlength=num_classes)
-    start = 0
-    while start < num_classes:
-        stop = start + 1
-        while stop < num_classes and sizes[start : stop + 1].sum() <= _BOXES_AT_ONCE:
-            stop += 1
-        classes = range(start, stop)
-        own_truth = truth[_of_classes(truth.labels, classes)]
-        own_found = found[_of_classes(found.labels, classes)]
-        yield _evaluate(classes, own_truth, own_found, ranges, caps, thresholds)
-        start = stop
+    num_objects = np.stack([np.bincount(truth.labels[own], minlength=num_classes) for own in asked.T], axis=1)
+    precision = np.full((len(thresholds), len(_RECALLS), num_classes, len(bands)), -1.0)
+    recall = np.full((len(thresholds), num_classes, len(bands), len(caps)), -1.0)
+    for label in range(num_classes):
+        members = table.of_class(label)
+        row, ranks, in_band = table.row[members], table.ranks[members], table.in_band[members]
+        counts = ranks < (max(caps) if precision_cap is None else precision_cap)
+        told = np.flatnonzero(row >= 0)
+        # Those that meet no object are wrong at every threshold: how many there are above each of the others.
+        alone = np.cumsum((counts & (row < 0))[:, None] & in_band, axis=0, dtype=np.int32)[told]
+        outcomes, ranks, counts = table.outcomes[row[told]], ranks[told], counts[told]
+        needed = hits_for_recalls(num_objects[label])
+        for band in np.flatnonzero(num_objects[label]):
+            of_band = np.ascontiguousarray(outcomes[:, :, band].T)
+            threshold, place = np.nonzero(of_band == RIGHT)
+            for column, cap in enumerate(caps):
+                hits = np.bincount(threshold[ranks[place] < cap], minlength=len(thresholds))
+                recall[:, label, band, column] = hits / num_objects[label, band]
+            wrong = np.cumsum((of_band == WRONG) & counts, axis=1, dtype=np.int32)
+            kept = counts[place]
+            threshold, place = threshold[kept], place[kept]
+            num_wrong = wrong[threshold, place] + alone[place, band]
+            precision[:, :, label, band] = _at_recalls(threshold, num_wrong, needed[band], len(thresholds))
+    return Accumulation(precision, recall, num_objects, table)
 
 
-def _of_classes(labels: Ints, classes: range) -> Ints:
-    return np.flatnonzero((labels >= classes.start) & (labels < classes.stop))
+def hits_for_recalls(num_objects: Ints) -> Ints:
+    """(B, 101) how many right detections reach each of COCO's recalls, where there are so many objects."""
+    many = np.maximum(num_objects, 1)[:, None]
+    needed = np.ceil(_RECALLS * many).astype(np.int64)
+    needed -= (needed - 1) / many >= _RECALLS
+    needed += needed / many < _RECALLS
+    return needed
 
 
-def _evaluate(
-    classes: range,
-    truth: Truth,
-    found: Found,
-    ranges: Sequence[tuple[float, float]],
-    caps: Sequence[int],
-    thresholds: NDArray[np.float64],
-) -> Part:
-    frame = {
-        "images": [{"id": place} for place in range(len(truth.image_ids))],
-        "categories": [{"id": label} for label in classes],
-    }
-    columns = _columns_of_caps(found, caps)
-    with no_garbage_collection():
-        objects = [
-            {"id": place, "image_id": image, "category_id": label, "bbox": box, "area": area, "iscrowd": crowd}
-            for place, (image, label, box, area, crowd) in enumerate(
-                zip(
-                    truth.images.tolist(),
-                    truth.labels.tolist(),
-                    truth.boxes_xywh.tolist(),
-                    truth.areas.tolist(),
-                    truth.is_crowd.astype(int).tolist(),
-                    strict=True,
-                ),
-                start=1,
-            )
-        ]
-        detections = [
-            {"id": place, "image_id": image, "category_id": label, "bbox": box, "area": box[2] * box[3], "score": score}
-            for place, (image, label, box, score) in enumerate(
-                zip(
-                    found.images.tolist(),
-                    found.labels.tolist(),
-                    found.boxes_xywh.tolist(),
-                    found.scores.tolist(),
-                    strict=True,
-                ),
-                start=1,
-            )
-        ]
-        evaluator = COCOeval_faster(
-            COCO({**frame, "annotations": objects}), COCO({**frame, "annotations": detections}), iouType="bbox"
-        )
-        # Set here and not through the constructor, which logs a warning about ranges that leave out some sizes.
-        evaluator.params.areaRng = [list(bounds) for bounds in ranges]
-        evaluator.params.areaRngLbl = [str(index) for index in range(len(ranges))]
-        evaluator.params.maxDets = [caps[place] for place in sorted(set(columns))]
-        evaluator.params.iouThrs = thresholds
-        evaluator.evaluate()
-        evaluator.accumulate()
-    return Part(
-        classes=classes,
-        truth=truth,
-        found=found,
-        precision=np.asarray(evaluator.eval["precision"])[..., columns],
-        recall=np.asarray(evaluator.eval["recall"])[..., columns],
-        overlaps=evaluator.ious,
-    )
+def _at_recalls(threshold: Ints, num_wrong: Ints, needed: Ints, num_thresholds: int) -> Floats:
+    """(T, 101) the best precision at each recall or beyond, 0 at recalls that are not reached.
 
-
-def _columns_of_caps(found: Found, caps: Sequence[int]) -> list[int]:
-    """For each cap the first one that gives the same: what cuts nothing off need not be accumulated again."""
-    counts = np.unique(found.images * (found.labels.max(initial=0) + 1) + found.labels, return_counts=True)[1]
-    enough = int(np.searchsorted(np.asarray(caps), counts.max(initial=0)))
-    return [min(place, enough) for place in range(len(caps))]
+    Args:
+        threshold: (h,) of each right detection, ascending; those of one threshold from the best to the worst.
+        num_wrong: (h,) wrong detections above each.
+        needed: (101,) see `hits_for_recalls`.
+        num_thresholds: T.
+    """
+    bounds = np.searchsorted(threshold, np.arange(num_thresholds + 1))
+    begins, ends = bounds[:-1, None], bounds[1:, None]
+    num_right = np.arange(len(threshold)) - bounds[threshold] + 1
+    # The smallest addend, as COCO has it, makes a first hit worth a little less than 1.
+    precision = np.append(num_right / (num_wrong + num_right + np.spacing(1)), 0.0)
+    # The best from one recall to the next (the end after the last), then from there on.
+    places = np.minimum(begins + np.maximum(needed - 1, 0), ends)
+    steps = np.concatenate((places, ends), axis=1)
+    best = np.maximum.reduceat(precision, steps.ravel()).reshape(steps.shape)[:, :-1]
+    best = np.where(places < ends, best, 0.0)
+    return np.maximum.accumulate(best[:, ::-1], axis=1)[:, ::-1]
 
 
 def mean_defined(values: Floats) -> float:

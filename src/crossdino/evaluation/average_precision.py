@@ -210,11 +210,11 @@ def evaluate_detections(
     if thresholds.size == 0 or not bool(np.all((thresholds > 0) & (thresholds <= 1))):
         raise InputError(f"iou_thresholds is {iou_thresholds!r}: give one or more numbers above 0 and up to 1")
 
-    truth = read_truth(ground_truth)
+    truth = read_truth(ground_truth).reading_only("iscrowd")
     found, _ = read_found(predictions, truth.image_ids, truth.category_ids, truth.name)
     ranges = [(0.0, LARGEST_AREA), *((lower**2, upper**2) for lower, upper in bands.values())]
-    precision, recall = accumulate(truth, found, ranges, [max_detections], thresholds)
-    precision, recall = precision[..., 0], recall[..., 0]
+    measured = accumulate(truth, found, ranges, [max_detections], thresholds)
+    precision, recall = measured.precision, measured.recall[..., 0]
     areas, labels = truth.areas[~truth.is_crowd], truth.labels[~truth.is_crowd]
 
     by_size = {

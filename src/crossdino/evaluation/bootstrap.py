@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice, pairwise
 from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.synchronize import Event
 from typing import TypeVar
 
 import numpy as np
@@ -29,10 +30,9 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from crossdino.errors import InputError
+from crossdino.evaluation.accumulation import hits_for_recalls
 from crossdino.evaluation.match_table import RIGHT, WRONG
 
-# COCO's recalls, as its code makes them: recall and these are compared as they are rounded.
-_RECALLS = np.linspace(0.0, 1.0, 101)
 _RESAMPLES_AT_ONCE = 64
 
 _Key = TypeVar("_Key")
@@ -112,6 +112,8 @@ def resampled(
     precision = np.full((num_thresholds, drawn.shape[1]), np.nan)
     recall = np.full((len(hits), num_thresholds, drawn.shape[1]), np.nan)
     for begin in range(0, drawn.shape[1], _RESAMPLES_AT_ONCE):
+        if _asked_to_stop is not None and _asked_to_stop.is_set():
+            break  # nobody waits for the numbers any more
         part = slice(begin, begin + _RESAMPLES_AT_ONCE)
         counts = drawn[:, part].astype(np.int32)
         num_objects = in_images @ counts.astype(np.int64)
@@ -200,7 +202,7 @@ def curve_precision(curve: Curve, drawn: NDArray[np.int32], num_objects: NDArray
     """
     num_resamples = drawn.shape[1]
     result = np.zeros((len(curve.bounds) - 1, num_resamples))
-    needed = _needed(num_objects)
+    needed = hits_for_recalls(num_objects)
     rights, wrongs = curve.right @ drawn, curve.wrong @ drawn
     line = np.arange(num_resamples)[:, None]
     for threshold, (begin, end) in enumerate(pairwise(curve.bounds.tolist())):
@@ -223,15 +225,6 @@ def curve_precision(curve: Curve, drawn: NDArray[np.int32], num_objects: NDArray
         result[threshold] = np.maximum.accumulate(best[:, ::-1], axis=1).mean(axis=1)
     result[:, num_objects == 0] = np.nan
     return result
-
-
-def _needed(num_objects: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(B, 101) how many right detections reach each of COCO's recalls."""
-    many = np.maximum(num_objects, 1)[:, None]
-    needed = np.ceil(_RECALLS * many).astype(np.int64)
-    needed -= (needed - 1) / many >= _RECALLS
-    needed += needed / many < _RECALLS
-    return needed
 
 
 @dataclass(frozen=True)
@@ -308,7 +301,8 @@ def in_parallel(
         return
     # Not by fork, which copies locks that threads of this process may hold.
     context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
-    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_leave_interrupts_to_the_parent) as pool:
+    stop = context.Event()
+    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_obey_the_parent, initargs=(stop,)) as pool:
         waiting = iter(tasks)
         running: dict[Future[_Result], tuple[_Key, _Item]] = {}
         try:
@@ -324,8 +318,16 @@ def in_parallel(
                 "a process that computes resamples has ended (often for want of memory): try again with --workers 1"
             ) from None
         finally:
+            stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _leave_interrupts_to_the_parent() -> None:
+_asked_to_stop: Event | None = None
+"""Of a process that computes for another one: set when that one has been interrupted."""
+
+
+def _obey_the_parent(stop: Event) -> None:
+    """Leave Ctrl-C to the parent process, which says when to stop."""
+    global _asked_to_stop
+    _asked_to_stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -8,20 +8,18 @@ annotations are known by their place in the file, for the evaluators take an ann
 
 from __future__ import annotations
 
-import gc
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from crossdino.documents import load_document, name_of
 from crossdino.errors import InputError
 
 Floats = NDArray[np.float64]
@@ -71,6 +69,11 @@ class Truth:
         columns = ("images", "labels", "boxes_xywh", "areas", "is_crowd", "is_ignored")
         return replace(self, **{name: getattr(self, name)[chosen] for name in columns})
 
+    def reading_only(self, flag: Literal["iscrowd", "ignore"]) -> Truth:
+        """The same for a protocol that reads one of the two flags and not the other."""
+        unread = {"iscrowd": "is_ignored", "ignore": "is_crowd"}[flag]
+        return replace(self, **{unread: np.zeros(len(self), dtype=np.bool_)})
+
     def without_category(self, category_id: int) -> Truth:
         """The same without one of its categories and the annotations of that."""
         label = self.category_ids[category_id]
@@ -109,47 +112,6 @@ class Found:
 def boxes_xyxy(boxes_xywh: Floats) -> Floats:
     """(n, 4) corners."""
     return np.concatenate((boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]), axis=1)
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """For code that makes millions of entries and no cycles: looking through them again and again costs a third."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def load_document(source: object, role: str) -> Any:
-    """The content of a JSON file, or the object itself.
-
-    Args:
-        source: a path, or anything else, which is handed back.
-        role: what it is, e.g. `the ground truth`, for messages.
-
-    Returns:
-        What the file holds; nothing about it is checked.
-
-    Raises:
-        InputError: the file cannot be read or is not JSON.
-    """
-    if not isinstance(source, (str, Path)):
-        return source
-    try:
-        with open(source, encoding="utf-8-sig") as file, no_garbage_collection():
-            return json.load(file)
-    except OSError as error:
-        raise InputError(f"{source} cannot be read ({error.strerror}): check the path of {role}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{source} is not JSON ({error}): write {role} again as COCO JSON") from error
-
-
-def name_of(source: object, role: str) -> str:
-    """What messages call it: the path, or its role."""
-    return str(source) if isinstance(source, (str, Path)) else role
 
 
 def read_truth(source: Mapping[str, Any] | Path | str, name: str | None = None) -> Truth:
@@ -340,7 +302,8 @@ def _areas(entries: Sequence[Any], boxes: Floats) -> Floats:
     missing = np.fromiter((area is None for area in areas), dtype=np.bool_, count=len(areas))
     if missing.any():
         areas = [0.0 if area is None else area for area in areas]
-    return np.where(missing, boxes[:, 2] * boxes[:, 3], _numbers(areas))
+    with np.errstate(over="ignore"):
+        return np.where(missing, boxes[:, 2] * boxes[:, 3], _numbers(areas))
 
 
 def _flags(entries: Sequence[Any], key: str) -> Bools:

@@ -8,7 +8,6 @@ not defined is NaN, not -1.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,19 @@ from crossdino.errors import InputError
 from crossdino.evaluation.accumulation import (
     COCO_IOU_THRESHOLDS,
     LARGEST_AREA,
-    accumulate_parts,
+    accumulate,
     at_threshold,
     mean_defined,
 )
-from crossdino.evaluation.coco_input import Bools, Floats, Found, Truth, read_found, read_truth
+from crossdino.evaluation.coco_input import Bools, Floats, Truth, read_truth
+from crossdino.evaluation.measures import plan_of_protocol
 from crossdino.evaluation.olrp import OLRP_IOU, OLRP_METRICS, optimal_lrp
-from crossdino.evaluation.protocol_result import ProtocolResult
-from crossdino.evaluation.sodad import MERGE_IOU, merge_found, read_patch_detections, read_patches
+from crossdino.evaluation.protocol_result import ProtocolResult, counted
+from crossdino.evaluation.sodad import read_detections
 
 COCO_PROTOCOLS = ("coco", "visdrone", "aitod", "sodad")
 
-# SODA-D: the range of AP, and the category that is no class.
-_SMALL = (0.0, 1024.0)
+# SODA-D: the category that is no class.
 _IGNORE_CATEGORY = 10
 
 
@@ -43,53 +42,44 @@ def evaluate_coco_protocol(
 ) -> ProtocolResult:
     """Measure detections as the toolkit of one of `COCO_PROTOCOLS` does; see `protocols.evaluate_protocol`."""
     is_sodad, with_olrp = name == "sodad", name in ("visdrone", "aitod")
+    plan = plan_of_protocol(name)
     bands, caps = BENCHMARKS[name].size_bands, list(BENCHMARKS[name].max_detections)
-    headline = _SMALL if is_sodad else (0.0, LARGEST_AREA)
-    # The cap of AP: COCO and AI-TOD take their largest, SODA-D its smallest. AR by size is at the largest in all.
-    cap = 0 if is_sodad else len(caps) - 1
+    headline, *_ = plan.bands.values()
+    cap = next(measure.cap for measure in plan.measures if measure.kind == "precision")
 
     truth = read_truth(ground_truth)
     truth, counts, notes = _sodad_truth(truth) if is_sodad else _coco_truth(truth)
-    if is_sodad:
-        found, num_given, merging = _sodad_found(truth, predictions, patches)
-    else:
-        found, _ = read_found(predictions, truth.image_ids, truth.category_ids, truth.name)
-        num_given, merging = len(found), None
+    hint = "; detections of patches need the patches' annotation file too" if is_sodad else ""
+    found, num_given, merging = read_detections(predictions, truth, patches, hint)
+    measured = accumulate(truth, found, list(plan.bands.values()), caps, precision_cap=cap)
 
-    precisions, recalls, errors = [], [], []
-    for part in accumulate_parts(truth, found, [headline, *bands.values()], caps):
-        precisions.append(part.precision)
-        recalls.append(part.recall)
-        if with_olrp:
-            errors.append(optimal_lrp(part, caps[-1]))
-    precision, recall = np.concatenate(precisions, axis=2), np.concatenate(recalls, axis=1)
-
-    metrics = _three_precisions(precision[..., 0, cap])
-    for place, band in enumerate(bands, start=1):
-        metrics[f"AP_{band}"] = mean_defined(precision[..., place, cap])
-    for place, limit in enumerate(caps):
-        metrics[f"AR@{limit}"] = mean_defined(recall[..., 0, place])
-    for place, band in enumerate(bands, start=1):
-        metrics[f"AR_{band}"] = mean_defined(recall[..., place, -1])
+    # (..., K) what each number is the mean of, the classes last.
+    values: dict[str, Floats] = {}
+    for measure in plan.measures:
+        band = list(plan.bands).index(measure.band)
+        chosen = slice(None) if measure.iou is None else at_threshold(COCO_IOU_THRESHOLDS, measure.iou)
+        recall = measured.recall[..., band, caps.index(measure.cap)]
+        values[measure.name] = measured.precision[chosen, ..., band] if measure.kind == "precision" else recall[chosen]
     if with_olrp:
-        metrics |= dict(zip(OLRP_METRICS, map(mean_defined, np.concatenate(errors).T), strict=True))
+        values |= dict(zip(OLRP_METRICS, optimal_lrp(measured).T, strict=True))
+    metrics = {metric: mean_defined(of_classes) for metric, of_classes in values.items()}
     by_class = {
-        class_name: _three_precisions(precision[:, :, [label], 0, cap])
+        class_name: {metric: mean_defined(of_classes[..., label]) for metric, of_classes in values.items()}
         for label, class_name in enumerate(truth.class_names)
     }
 
     is_object = _is_object(truth)
     areas = truth.areas[is_object]
-    all_bands = {"Small": _SMALL, **bands} if is_sodad else bands
+    all_bands = {"Small": headline, **bands} if is_sodad else bands
     sizes = {
         f"objects_{band}": int(np.count_nonzero((areas >= low) & (areas <= high)))
         for band, (low, high) in all_bands.items()
     }
-    notes += _crowded(truth, is_object, caps[cap])
+    notes += _crowded(truth, is_object, cap)
     notes += _absent([class_name for class_name, numbers in by_class.items() if np.isnan(numbers["AP"])], headline)
     settings = {
         "max_detections": caps,
-        "max_detections_of_AP": caps[cap],
+        "max_detections_of_AP": cap,
         "area_of_AP": list(headline),
         "area_bands": {band: list(bounds) for band, bounds in bands.items()},
         "iou_thresholds": COCO_IOU_THRESHOLDS.tolist(),
@@ -115,8 +105,8 @@ def _coco_truth(truth: Truth) -> tuple[Truth, dict[str, int], list[str]]:
     notes = _id_zero(truth)
     unread = int(np.count_nonzero(truth.is_ignored & ~truth.is_crowd))
     if unread:
-        notes.append(f"{unread} annotations carry `ignore`, which this protocol does not read: they count as objects")
-    return truth, {"crowds": int(truth.is_crowd.sum()), "ignored": 0}, notes
+        notes.append(f"annotations with `ignore`, which this protocol does not read: {unread}; they count as objects")
+    return truth.reading_only("iscrowd"), {"crowds": int(truth.is_crowd.sum()), "ignored": 0}, notes
 
 
 def _sodad_truth(truth: Truth) -> tuple[Truth, dict[str, int], list[str]]:
@@ -132,54 +122,21 @@ def _sodad_truth(truth: Truth) -> tuple[Truth, dict[str, int], list[str]]:
         truth = truth.without_category(_IGNORE_CATEGORY)
         if not truth.category_ids:
             raise InputError(f"{truth.name} has no class but category {_IGNORE_CATEGORY}: nothing can be measured")
-        notes.append(f"category {_IGNORE_CATEGORY} of {truth.name} is no class: its {dropped} annotations are left out")
+        notes.append(
+            f"category {_IGNORE_CATEGORY} of {truth.name} is no class: left out with {counted(dropped, 'annotation')}"
+        )
     unread = int(np.count_nonzero(truth.is_crowd))
     if unread:
-        notes.append(f"{unread} annotations carry `iscrowd`, which this protocol does not read: they count as objects")
+        notes.append(f"annotations with `iscrowd`, which this protocol does not read: {unread}; they count as objects")
     notes.append(
         "AP, AP50, AP75 and those of the classes are over objects of up to 1024 px^2 with 100 detections; the class "
         "table of the original code takes 1000, so that it does not average to AP"
     )
-    # Ignored in every range, with the plain IoU, and matched once: an object whose area lies in no range.
-    areas = np.where(truth.is_ignored, -1.0, truth.areas)
-    counts = {"crowds": 0, "ignored": int(truth.is_ignored.sum())}
-    return replace(truth, areas=areas, is_crowd=np.zeros_like(truth.is_crowd)), counts, notes
+    return truth.reading_only("ignore"), {"crowds": 0, "ignored": int(truth.is_ignored.sum())}, notes
 
 
 def _is_object(truth: Truth) -> Bools:
-    return ~truth.is_crowd & (truth.areas >= 0)
-
-
-def _sodad_found(
-    truth: Truth, predictions: Sequence[Mapping[str, Any]] | Path | str, patches: Mapping[str, Any] | Path | str | None
-) -> tuple[Found, int, dict[str, Any] | None]:
-    """Detections of the truth's images, how many were given, and how those of patches were merged."""
-    if patches is None:
-        hint = "; detections of patches need the patches' annotation file too"
-        found, _ = read_found(predictions, truth.image_ids, truth.category_ids, truth.name, hint)
-        return found, len(found), None
-    read = read_patches(patches)
-    unknown = next((one for one in read.original_ids if one not in truth.image_ids), None)
-    if unknown is not None:
-        raise InputError(
-            f"{read.name} has patches of the image {unknown}, which is not in {truth.name}: give the patches and the "
-            "original images of the same split"
-        )
-    given = read_patch_detections(predictions, read, truth.category_ids, truth.name)
-    merged = merge_found(given, read)
-    places = np.array([truth.image_ids[one] for one in read.original_ids], dtype=np.int64)
-    merging = {"num_patches": len(read.ids), "iou": MERGE_IOU, "num_detections": len(merged)}
-    return replace(merged, images=places[merged.images]), len(given), merging
-
-
-def _three_precisions(precision: Floats) -> dict[str, float]:
-    """AP, AP50 and AP75 of (IoU thresholds, recalls, classes)."""
-    half, three_quarters = (at_threshold(COCO_IOU_THRESHOLDS, value) for value in (0.5, 0.75))
-    return {
-        "AP": mean_defined(precision),
-        "AP50": mean_defined(precision[half]),
-        "AP75": mean_defined(precision[three_quarters]),
-    }
+    return ~(truth.is_crowd | truth.is_ignored) & (truth.areas >= 0)
 
 
 def _id_zero(truth: Truth) -> list[str]:
@@ -198,7 +155,7 @@ def _crowded(truth: Truth, is_object: Bools, cap: int) -> list[str]:
     images = len(np.unique(groups[counts > cap, 0]))
     if not images:
         return []
-    return [f"{images} images have more than {cap} objects of a class, the detections that AP takes of each"]
+    return [f"images with more than {cap} objects of a class, the detections that AP takes of each: {images}"]
 
 
 def _absent(names: Sequence[str], headline: tuple[float, float]) -> list[str]:
@@ -207,4 +164,4 @@ def _absent(names: Sequence[str], headline: tuple[float, float]) -> list[str]:
         return []
     size = "" if headline[1] == LARGEST_AREA else f" of up to {headline[1]:g} px^2"
     some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return [f"{len(names)} classes have no objects{size} and are left out of the means: {some}"]
+    return [f"{counted(len(names), 'class')} without objects{size}, left out of the means: {some}"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossdino.errors import InputError
+from crossdino.evaluation.accumulation import COCO_IOU_THRESHOLDS
 from crossdino.evaluation.average_precision import COCO_SIZE_BANDS
 from crossdino.evaluation.bootstrap import ClassInBand, resample_classes
-from crossdino.evaluation.coco_input import Found, Truth, read_found, read_truth
+from crossdino.evaluation.coco_input import Found, Truth, read_truth
 from crossdino.evaluation.match_table import match_table, outside_band
 from crossdino.evaluation.measures import (
     COMPARABLE,
@@ -35,12 +36,12 @@ from crossdino.evaluation.measures import (
 )
 from crossdino.evaluation.person_bootstrap import resample_persons
 from crossdino.evaluation.person_judgement import MATCH_IOU, JudgedPersons
+from crossdino.evaluation.sodad import read_detections
 
 GroundTruth = Mapping[str, Any] | Path | str
 Predictions = Sequence[Mapping[str, Any]] | Path | str
 Floats = NDArray[np.float64]
 
-_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 _FEW_IMAGES = 20
 _IGNORE_CATEGORY = 10  # of SODA-D: regions, no class
 _WORTH_PROCESSES = 1e10
@@ -131,6 +132,11 @@ def clear_side(metric: str, difference: Difference) -> int:
     return 1 if (difference.low > 0) != (metric in LOWER_IS_BETTER) else -1
 
 
+def p_text(p_value: float) -> str:
+    """A p-value with three digits; it is never 0."""
+    return f"{p_value:.3f}" if p_value >= 0.0005 else "<0.001"
+
+
 def compare_detections(
     ground_truth: GroundTruth,
     predictions: Sequence[Predictions],
@@ -202,20 +208,20 @@ def compare_detections(
     plan = plan_of_protocol(protocol) if protocol else plan_of_bands(size_bands or COCO_SIZE_BANDS, max_detections)
     if protocol == "sodad" and _IGNORE_CATEGORY in truth.category_ids:
         truth = truth.without_category(_IGNORE_CATEGORY)
-    found = [_read(source, truth, patches) for source in predictions]
+    truth = truth.reading_only("ignore" if plan.reads_ignore else "iscrowd")
+    found = [read_detections(source, truth, patches)[0] for source in predictions]
     samples = _resample(truth, found, plan, num_resamples, seed, num_processes, on_progress)
-    is_asked = ~(truth.is_ignored if plan.reads_ignore else truth.is_crowd)
     settings = {
         "max_detections": plan.most if protocol is None else sorted({measure.cap for measure in plan.measures}),
         "size_bands_px2": {name: list(bounds) for name, bounds in plan.bands.items() if name},
-        "iou_thresholds": _THRESHOLDS.tolist(),
+        "iou_thresholds": COCO_IOU_THRESHOLDS.tolist(),
     }
     return _conclude(
         samples,
         names=names,
         protocol=protocol,
         num_images=len(truth.image_ids),
-        num_objects=int(np.count_nonzero(is_asked)),
+        num_objects=int(np.count_nonzero(~(truth.is_crowd | truth.is_ignored))),
         num_predictions=tuple(map(len, found)),
         settings=settings | drawing,
         identical=len(found) == 2 and _same(*found),
@@ -230,35 +236,18 @@ def _names(predictions: Sequence[Predictions], names: Sequence[str] | None) -> t
         if len(set(names)) < len(names):
             raise InputError(f"both files are called {names[0]!r}: give them different names")
         return tuple(names)
-    paths = [Path(source) if isinstance(source, (str, Path)) else None for source in predictions]
-    if len(paths) == 2 and None not in paths and paths[0] != paths[1]:
-        for shown in (
-            [path.stem for path in paths if path],
-            [f"{path.parent.name}/{path.stem}" for path in paths if path],
-        ):
-            if shown[0] != shown[1]:
-                return tuple(shown)
-    if len(paths) == 1:
-        return (paths[0].stem if paths[0] else "detections",)
+    paths = [Path(source) for source in predictions if isinstance(source, (str, Path))]
+    if len(paths) == len(predictions):
+        return names_of_files(paths)
+    return ("detections",) if len(predictions) == 1 else ("A", "B")
+
+
+def names_of_files(paths: Sequence[Path]) -> tuple[str, ...]:
+    """What to call one or two files: as short as they can be told apart; A and B where they cannot."""
+    for shown in ([path.stem for path in paths], [f"{path.parent.name}/{path.stem}" for path in paths]):
+        if len(set(shown)) == len(paths):
+            return tuple(shown)
     return ("A", "B")
-
-
-def _read(source: Predictions, truth: Truth, patches: GroundTruth | None) -> Found:
-    """The detections of a file, by images; those of patches are merged first."""
-    if patches is None:
-        return read_found(source, truth.image_ids, truth.category_ids, truth.name)[0]
-    from crossdino.evaluation.sodad import merge_found, read_patch_detections, read_patches
-
-    read = read_patches(patches)
-    unknown = next((one for one in read.original_ids if one not in truth.image_ids), None)
-    if unknown is not None:
-        raise InputError(
-            f"{read.name} has patches of the image {unknown}, which is not in {truth.name}: give the patches and the "
-            "original images of the same split"
-        )
-    merged = merge_found(read_patch_detections(source, read, truth.category_ids, truth.name), read)
-    places = np.array([truth.image_ids[one] for one in read.original_ids], dtype=np.int64)
-    return replace(merged, images=places[merged.images])
 
 
 def _same(first: Found | JudgedPersons, second: Found | JudgedPersons) -> bool:
@@ -276,21 +265,15 @@ def _resample(
     on_progress: Callable[[int, int], None] | None,
 ) -> dict[str, Floats]:
     """Metric -> (files, 1 + B), the data set itself first."""
-    truth = replace(
-        truth,
-        is_crowd=np.zeros_like(truth.is_crowd) if plan.reads_ignore else truth.is_crowd,
-        is_ignored=truth.is_ignored if plan.reads_ignore else np.zeros_like(truth.is_ignored),
-    )
     bands = list(plan.bands)
     ranges = np.array([plan.bands[name] for name in bands])
     asked = ~outside_band(truth, ranges)
     items: list[ClassInBand] = []
     keys: list[tuple[int, int]] = []
     for file, detections in enumerate(found):
-        table = match_table(detections, truth, _THRESHOLDS, ranges, plan.most)
-        bounds = np.searchsorted(table.labels, np.arange(len(truth.category_ids) + 1))
+        table = match_table(detections, truth, COCO_IOU_THRESHOLDS, ranges, plan.most)
         for label in range(len(truth.category_ids)):
-            members = np.arange(bounds[label], bounds[label + 1])
+            members = table.of_class(label)
             for band, name in enumerate(bands):
                 objects = truth.images[asked[:, band] & (truth.labels == label)]
                 if not len(objects):
@@ -309,7 +292,7 @@ def _resample(
                 keys.append((file, band))
     total = len(items)
     # Starting processes takes seconds.
-    work = sum(len(item.images) for item in items) * len(_THRESHOLDS) * num_resamples
+    work = sum(len(item.images) for item in items) * len(COCO_IOU_THRESHOLDS) * num_resamples
     results = resample_classes(
         items,
         len(truth.image_ids),
@@ -320,7 +303,7 @@ def _resample(
     )
     samples: dict[str, Floats] = {}
     for measure in plan.measures:
-        chosen = slice(None) if measure.iou is None else np.isclose(_THRESHOLDS, measure.iou)
+        chosen = slice(None) if measure.iou is None else np.isclose(COCO_IOU_THRESHOLDS, measure.iou)
         band = bands.index(measure.band)
         samples[measure.name] = np.stack(
             [

@@ -2,9 +2,10 @@
 
 The rules are those of COCO (`COCOeval.evaluateImg` of pycocotools), to which the tests hold this. The matching of an
 image does not depend on the others, so that it is done once and serves every resample of the images
-(`crossdino.evaluation.bootstrap`). Two kinds of objects are not asked for: *crowds*, which may hold any number of
-detections and are compared by the share of the detection that they cover, and objects that are *ignored* (outside the
-size band, or flagged as SODA-D does), which are matched like others, after all real ones and once.
+(`bootstrap`) as well as the numbers themselves (`accumulation`). Two kinds of objects are not asked for: *crowds*,
+which may hold any number of detections and are compared by the share of the detection that they cover, and objects
+that are *ignored* (outside the size band, or flagged as SODA-D does), which are matched like others, after all real
+ones and once.
 
 All IoU thresholds and size bands are matched together: step s takes the s-th detection that overlaps anything, of
 every image and class, and lets it choose for all thresholds and bands.
@@ -13,6 +14,7 @@ every image and class, and lets it choose for all thresholds and bands.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,8 @@ from crossdino.evaluation.coco_input import Found, Truth
 OUTSIDE, WRONG, RIGHT = 0, 1, 2
 
 _PAIRS_AT_ONCE = 2_000_000
+_CHOICES_AT_ONCE = 100_000
+_FARTHEST_PX = 1e7
 _NEVER = np.int32(2**30)
 _AFTER_REAL = np.int32(2**29)
 
@@ -40,6 +44,7 @@ class MatchTable:
         in_band: (n, R) bool, whether the detection's area lies in the band.
         row: (n,) int64, the detection's row in `outcomes`, -1 without.
         outcomes: (c, T, R) int8, `RIGHT`, `WRONG` or `OUTSIDE`.
+        overlaps: (c,) overlap with what it takes at the first threshold in the first band, 0 where it takes nothing.
     """
 
     images: NDArray[np.int64]
@@ -49,13 +54,18 @@ class MatchTable:
     in_band: NDArray[np.bool_]
     row: NDArray[np.int64]
     outcomes: NDArray[np.int8]
+    overlaps: NDArray[np.float64]
 
-    def outcomes_of(self, chosen: NDArray[np.int64], band: int) -> NDArray[np.int8]:
-        """(chosen, T) what the chosen detections are in one band."""
+    def of_class(self, label: int) -> slice:
+        """Where the detections of a class are."""
+        return slice(*np.searchsorted(self.labels, (label, label + 1)).tolist())
+
+    def outcomes_of(self, chosen: slice, band: int) -> NDArray[np.int8]:
+        """(n, T) what the chosen detections are in one band."""
         alone = np.where(self.in_band[chosen, band], np.int8(WRONG), np.int8(OUTSIDE))
         result = np.repeat(alone[:, None], self.outcomes.shape[1], axis=1)
-        told = self.row[chosen] >= 0
-        result[told] = self.outcomes[self.row[chosen[told]], :, band]
+        row = self.row[chosen]
+        result[row >= 0] = self.outcomes[row[row >= 0], :, band]
         return result
 
 
@@ -83,18 +93,19 @@ def match_table(
         most: best detections of an image and class that count.
     """
     found, ranks, group = _best_of_each_group(found, most)
-    areas = found.boxes_xywh[:, 2] * found.boxes_xywh[:, 3]
+    with np.errstate(over="ignore", under="ignore"):
+        areas = found.boxes_xywh[:, 2] * found.boxes_xywh[:, 3]
     in_band = (areas[:, None] >= bands[:, 0]) & (areas[:, None] <= bands[:, 1])
     least = np.minimum(thresholds, 1 - 1e-10)
     detection, target, overlap = _overlapping_pairs(found, objects, float(least.min()))
     row = np.full(len(ranks), -1, dtype=np.int64)
-    having = np.unique(detection)
+    having = detection[_starts(detection)]
     row[having] = np.arange(len(having))
     # The detections of a group follow each other, best first: the s-th of those that overlap anything goes in step s.
-    first_of_group = np.flatnonzero(np.r_[True, group[having][1:] != group[having][:-1]]) if len(having) else having
+    first_of_group = _starts(group[having])
     lengths = np.diff(np.r_[first_of_group, len(having)])
     step = np.arange(len(having)) - np.repeat(first_of_group, lengths)
-    outcomes = _choose(
+    outcomes, overlaps = _choose(
         (row[detection], target, overlap), step, outside_band(objects, bands), objects.is_crowd, least, in_band[having]
     )
     order = np.lexsort((np.arange(len(ranks)), found.images, -found.scores, found.labels))
@@ -106,7 +117,13 @@ def match_table(
         in_band[order],
         row[order],
         outcomes,
+        overlaps,
     )
+
+
+def _starts(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where runs of one value begin."""
+    return np.flatnonzero(np.r_[True, values[1:] != values[:-1]]) if len(values) else np.empty(0, dtype=np.int64)
 
 
 def _best_of_each_group(found: Found, most: int) -> tuple[Found, NDArray[np.int64], NDArray[np.int64]]:
@@ -145,14 +162,16 @@ def _overlapping_pairs(
     candidates = np.flatnonzero(groups[own] == keys_of)
     own = own[candidates]
     lefts, widths = found.boxes_xywh[candidates, 0], found.boxes_xywh[candidates, 2]
-    object_lefts = objects.boxes_xywh[by_left, 0]
-    lowest = min(float(object_lefts.min()), float(lefts.min(initial=0))) - float(widest.max()) - 1
-    span = max(float(object_lefts.max()), float((lefts + widths).max(initial=0))) - lowest + 1
+    object_lefts = _within(objects.boxes_xywh[by_left, 0])
+    with np.errstate(over="ignore"):
+        begins, ends_at = _within(lefts - widest[own]), _within(lefts + widths)
+    lowest = min(float(object_lefts.min()), float(begins.min(initial=0)))
+    span = max(float(object_lefts.max()), float(ends_at.max(initial=0))) - lowest + 1
     line = index * span + (object_lefts - lowest)
     # The sums above are rounded; a little more room on both sides, the overlap itself decides.
-    room = 1e-9 * span * (len(groups) + 1)
-    first = np.searchsorted(line, own * span + (lefts - widest[own] - lowest) - room, side="left")
-    last = np.searchsorted(line, own * span + (lefts + widths - lowest) + room, side="right")
+    room = 1e-13 * (span * (len(groups) + 1) + abs(lowest))
+    first = np.searchsorted(line, own * span + (begins - lowest) - room, side="left")
+    last = np.searchsorted(line, own * span + (ends_at - lowest) + room, side="right")
     first, last = np.maximum(first, starts[own]), np.minimum(last, ends[own])
     counts = np.maximum(last - first, 0)
 
@@ -171,17 +190,24 @@ def _overlapping_pairs(
     return detection[order], target[order], overlap[order]
 
 
+def _within(places: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Coordinates in the same order, none of them so large that others drown in its rounding."""
+    return np.clip(places, -_FARTHEST_PX, _FARTHEST_PX)
+
+
 def _overlaps(
     found: NDArray[np.float64], objects: NDArray[np.float64], is_crowd: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
     """IoU of pairs of boxes, or the share of the detection that a crowd covers; 0 for boxes without any size."""
     # In the order of operations of COCO, so that pairs that lie exactly on a threshold fall on the same side.
-    corner = np.minimum(found[:, :2] + found[:, 2:], objects[:, :2] + objects[:, 2:])
-    sides = corner - np.maximum(found[:, :2], objects[:, :2])
-    shared = np.where((sides > 0).all(axis=1), sides[:, 0] * sides[:, 1], 0.0)
-    own = found[:, 2] * found[:, 3]
-    union = np.where(is_crowd, own, own + objects[:, 2] * objects[:, 3] - shared)
-    return np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0)
+    # Far from the origin, boxes of next to no size share more than they have, by rounding; COCO divides all the same.
+    with np.errstate(all="ignore"):
+        corner = np.minimum(found[:, :2] + found[:, 2:], objects[:, :2] + objects[:, 2:])
+        sides = corner - np.maximum(found[:, :2], objects[:, :2])
+        shared = np.where((sides[:, 0] > 0) & (sides[:, 1] > 0), sides[:, 0] * sides[:, 1], 0.0)
+        own = found[:, 2] * found[:, 3]
+        union = np.where(is_crowd, own, own + objects[:, 2] * objects[:, 3] - shared)
+        return np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0)
 
 
 def _choose(
@@ -191,8 +217,8 @@ def _choose(
     is_crowd: NDArray[np.bool_],
     least: NDArray[np.float64],
     in_band: NDArray[np.bool_],
-) -> NDArray[np.int8]:
-    """(c, T, R) what the c detections that overlap anything are.
+) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
+    """What the c detections that overlap anything are, and the overlaps of the first threshold and band.
 
     Args:
         pairs: row in c, object and overlap, sorted by row, then best first.
@@ -201,29 +227,37 @@ def _choose(
         is_crowd: (m,).
         least: (T,) thresholds.
         in_band: (c, R) whether the detection's area lies in the band.
+
+    Returns:
+        See `MatchTable.outcomes` and `MatchTable.overlaps`.
     """
     row, target, overlap = pairs
     num_thresholds, num_bands = len(least), unasked.shape[1]
     outcomes = np.empty((len(step), num_thresholds, num_bands), dtype=np.int8)
+    overlaps = np.zeros(len(step))
     taken = np.zeros((len(is_crowd), num_thresholds, num_bands), dtype=bool)
     by_step = np.argsort(step[row], kind="stable")
     row, target, overlap = row[by_step], target[by_step], overlap[by_step]
-    bounds = np.searchsorted(step[row], np.arange(int(step.max(initial=-1)) + 2))
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
-        rows, targets = row[begin:end], target[begin:end]
-        starts = np.flatnonzero(np.r_[True, rows[1:] != rows[:-1]])
+    firsts = _starts(row)
+    # A step may be cut anywhere, but two steps are never done together.
+    of_steps = np.searchsorted(step[row[firsts]], np.arange(int(step.max(initial=-1)) + 2))
+    cuts = np.unique(np.r_[of_steps, np.arange(0, len(firsts), _CHOICES_AT_ONCE)])
+    for first, last in pairwise(cuts.tolist()):
+        begin, end = int(firsts[first]), int(firsts[last]) if last < len(firsts) else len(row)
+        targets, starts = target[begin:end], firsts[first:last] - begin
         place = np.arange(end - begin, dtype=np.int32)
         # The best free object, all real ones before all others.
         cost = place[:, None] + _AFTER_REAL * unasked[targets]
         able = (overlap[begin:end, None] >= least)[:, :, None] & ~taken[targets]
         best = np.minimum.reduceat(np.where(able, cost[:, None, :], _NEVER), starts, axis=0)
         matched, real = best < _NEVER, best < _AFTER_REAL
-        owners = rows[starts]
+        owners = row[begin:end][starts]
         outcomes[owners] = np.where(
             matched, np.where(real, np.int8(RIGHT), np.int8(OUTSIDE)), in_band[owners, None, :].astype(np.int8) * WRONG
         )
+        overlaps[owners] = np.where(matched[:, 0, 0], overlap[begin + best[:, 0, 0] % _AFTER_REAL], 0.0)
         _, threshold, band = which = np.nonzero(matched)
         chosen = targets[best[which] % _AFTER_REAL]
         once = ~is_crowd[chosen]
         taken[chosen[once], threshold[once], band[once]] = True
-    return outcomes
+    return outcomes, overlaps

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossdino.evaluation.person_judgement import MATCH_IOU, JudgedPersons, Persons, judge_persons, read_persons
-from crossdino.evaluation.protocol_result import ProtocolResult
+from crossdino.evaluation.protocol_result import ProtocolResult, counted
 
 FPPI_POINTS: tuple[float, ...] = tuple(np.logspace(-2.0, 0.0, 9).tolist())
 """The false positives per image at which the miss rate is read off."""
@@ -92,8 +92,8 @@ def evaluate_widerperson(
         notes.extend(_notes_on_zero(curve, mean))
     num_unannotated = int(np.count_nonzero(persons.is_unannotated))
     if num_unannotated:
-        rule = "counted as images without objects" if count_unannotated else "left out, as IterDet does"
-        notes.append(f"{num_unannotated} images without any annotation are {rule}")
+        rule = "counted as without objects" if count_unannotated else "left out, as IterDet does"
+        notes.append(f"{counted(num_unannotated, 'image')} without any annotation: {rule}")
     num_right = int(np.count_nonzero(judged.right))
     metrics = {"AP": ap, "Recall": recall, "mMR": mean}
     return ProtocolResult(

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from crossdino.documents import load_document, name_of
 from crossdino.errors import InputError
-from crossdino.evaluation.coco_input import Found, Truth, is_number, load_document, name_of, read_found, read_truth
+from crossdino.evaluation.coco_input import Found, Truth, is_number, read_found, read_truth
 from crossdino.evaluation.greedy_matching import find_overlaps, match_greedily
 
 MATCH_IOU = 0.5

@@ -63,11 +63,12 @@ class ProtocolResult:
     @property
     def summary(self) -> str:
         """One line: what was measured on how much."""
-        return f"{self.num_images} images, {self.num_objects} objects, {self.num_predictions} detections"
+        parts = ((self.num_images, "image"), (self.num_objects, "object"), (self.num_predictions, "detection"))
+        return ", ".join(counted(number, noun) for number, noun in parts)
 
     def table(self) -> Table:
         """The metrics in per cent for the terminal."""
-        table = Table(title=self.protocol)
+        table = Table(title=self.protocol, min_width=len(self.protocol))  # the title keeps its line
         table.add_column("metric")
         table.add_column("%", justify="right")
         previous = ""
@@ -80,17 +81,29 @@ class ProtocolResult:
         return table
 
     def class_table(self) -> Table | None:
-        """The metrics of the classes in per cent; None where there is one class, or nothing is known of them."""
+        """The metrics of the classes in per cent; None where there is one class, or nothing is known of them.
+
+        Average precision only, as far as there is any, and without classes of which nothing is defined: a terminal has
+        no room for all of `by_class`.
+        """
         if len(self.by_class) < 2:
             return None
         table = Table()
-        metrics = list(dict.fromkeys(metric for numbers in self.by_class.values() for metric in numbers))
+        metrics = dict.fromkeys(metric for numbers in self.by_class.values() for metric in numbers)
+        metrics = [metric for metric in metrics if metric.startswith("AP")] or list(metrics)
         table.add_column("class")
         for metric in metrics:
             table.add_column(metric, justify="right")
         for name, numbers in self.by_class.items():
+            if all(math.isnan(value) for value in numbers.values()):
+                continue
             table.add_row(name, *(percent(numbers[metric]) if metric in numbers else "" for metric in metrics))
         return table
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `2 images`, `3 classes`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def percent(value: float) -> str:

@@ -9,7 +9,7 @@ published numbers were measured with.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from crossdino.evaluation.coco_input import (
     Floats,
     Found,
     Ints,
+    Truth,
     boxes_xyxy,
     id_positions,
     is_number,
@@ -154,7 +155,10 @@ def read_patch_detections(
     Raises:
         InputError: they cannot be read, are not of these patches, or start outside of them.
     """
-    hint = "; if the detections are of the original images already, leave the patches out"
+    hint = (
+        "; if the detections are of the original images already, leave the patches out: give the originals' annotation "
+        "file alone as the ground truth"
+    )
     found, name = read_found(predictions, patches.ids, category_ids, patches.name, hint, reference)
     # A pixel's tolerance: some write the boxes of a scaled patch, rounded.
     outside = (found.boxes_xywh[:, :2] > patches.sizes[found.images] + 1).any(axis=1)
@@ -166,6 +170,43 @@ def read_patch_detections(
             f"outside of its patch of {width:g} x {height:g} px: give boxes in pixels of the patch{hint}"
         )
     return found
+
+
+def read_detections(
+    predictions: Sequence[Mapping[str, Any]] | Path | str,
+    truth: Truth,
+    patches: Mapping[str, Any] | Path | str | None,
+    hint: str = "",
+) -> tuple[Found, int, dict[str, Any] | None]:
+    """Read detections of the images of a truth, or of patches of these, which are merged.
+
+    Args:
+        predictions: COCO results, as a file or as the list.
+        truth: whose images and categories they are of.
+        patches: the annotation file of the patches or its content; None: the detections are of the images.
+        hint: a further remedy for an unknown image id, without patches.
+
+    Returns:
+        The detections, how many were given, and how those of patches were merged (None without patches).
+
+    Raises:
+        InputError: something cannot be read, or does not belong to the others.
+    """
+    if patches is None:
+        found, _ = read_found(predictions, truth.image_ids, truth.category_ids, truth.name, hint)
+        return found, len(found), None
+    read = read_patches(patches)
+    unknown = next((one for one in read.original_ids if one not in truth.image_ids), None)
+    if unknown is not None:
+        raise InputError(
+            f"{read.name} has patches of the image {unknown}, which is not in {truth.name}: give the patches and the "
+            "original images of the same split"
+        )
+    given = read_patch_detections(predictions, read, truth.category_ids, truth.name)
+    merged = merge_found(given, read)
+    places = np.array([truth.image_ids[one] for one in read.original_ids], dtype=np.int64)
+    merging = {"num_patches": len(read.ids), "iou": MERGE_IOU, "num_detections": len(merged)}
+    return replace(merged, images=places[merged.images]), len(given), merging
 
 
 def merge_found(found: Found, patches: Patches, iou: float = MERGE_IOU) -> Found:

@@ -26,10 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossdino.benchmarks import VISDRONE_CLASSES
+from crossdino.documents import load_document, name_of
 from crossdino.errors import InputError
-from crossdino.evaluation.coco_input import Found, Truth, is_number, load_document, name_of, read_found, read_truth
+from crossdino.evaluation.coco_input import Found, Truth, is_number, read_found, read_truth
 from crossdino.evaluation.greedy_matching import find_overlaps, match_greedily
-from crossdino.evaluation.protocol_result import ProtocolResult
+from crossdino.evaluation.protocol_result import ProtocolResult, counted
 from crossdino.exchange.category_numbers import visdrone_numbers
 
 NUM_CLASSES = len(VISDRONE_CLASSES)
@@ -123,20 +124,20 @@ def evaluate_visdrone_official(
         by_class[truth.class_names[label_of[number]]] = _metrics(ap[number - 1] * shown, ar[number - 1] * shown)
     notes = ["classes are weighted by the number of images that show them, as the toolkit does"]
     options = truth.info.get("options")
-    outside = options.get("outside", "keep") if isinstance(options, Mapping) else "keep"
-    if outside != "keep":
+    if isinstance(options, Mapping) and options.get("outside") == "clip":
         notes.append(
-            f"the data were prepared with --outside {outside}: the toolkit takes the boxes as the raw files have them"
+            "the data were prepared with --outside clip: the toolkit takes the boxes as the raw files have them"
         )
     unsorted = sum(bool((np.diff(image.scores[: MAX_DETECTIONS[-1]]) > 0).any()) for image in images)
     if unsorted:
         notes.append(
-            f"in {unsorted} images the detections are not sorted by score: the first N of the file count, as in the "
-            "toolkit"
+            f"in {counted(unsorted, 'image')} the detections are not sorted by score: the first N of the file count, "
+            "as in the toolkit"
         )
     beyond = sum(len(image.scores) > MAX_DETECTIONS[-1] for image in images)
     if beyond:
-        notes.append(f"in {beyond} images there are more than {MAX_DETECTIONS[-1]} detections; the rest does not count")
+        limit = MAX_DETECTIONS[-1]
+        notes.append(f"in {counted(beyond, 'image')} there are more than {limit} detections; the rest does not count")
     measured = [image.classes <= NUM_CLASSES for image in images]
     return ProtocolResult(
         protocol="visdrone-official",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from crossdino.documents import load_document
 from crossdino.errors import InputError
 
 
@@ -50,17 +50,18 @@ class Frame:
         return ids
 
 
-def read_frame(ground_truth: Mapping[str, Any] | Path | str) -> Frame:
+def read_frame(ground_truth: Mapping[str, Any] | Path | str, name: str | None = None) -> Frame:
     """Read the images and categories of a COCO ground truth.
 
     Args:
         ground_truth: a file, or the dictionary.
+        name: what messages call it; None: the path, or "the ground truth".
 
     Raises:
         InputError: it cannot be read or is not of the format.
     """
-    name = str(ground_truth) if isinstance(ground_truth, (str, Path)) else "the ground truth"
-    document = load_json(ground_truth, "the ground truth") if isinstance(ground_truth, (str, Path)) else ground_truth
+    name = name or (str(ground_truth) if isinstance(ground_truth, (str, Path)) else "the ground truth")
+    document = load_document(ground_truth, "the ground truth")
     for key in ("images", "categories"):
         entries = document.get(key) if isinstance(document, Mapping) else None
         if not isinstance(entries, list) or not entries:
@@ -79,17 +80,3 @@ def read_frame(ground_truth: Mapping[str, Any] | Path | str) -> Frame:
         known = isinstance(file_name, str) and file_name
         file_names[entry["id"]] = PurePosixPath(file_name.replace("\\", "/")).name if known else None
     return Frame(name, file_names, document["categories"])
-
-
-def load_json(path: Path | str, role: str) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        InputError: it cannot be read or is not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): check the path of {role}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}): give {role} as COCO JSON") from None

@@ -26,11 +26,13 @@ class Line:
         box_xywh: pixels.
         score: as the file has it.
         number: the toolkit's number of the class.
+        place: where it was read, counted from 1; 0 if it was not.
     """
 
     box_xywh: tuple[float, float, float, float]
     score: float
     number: int
+    place: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def parse_visdrone(lines: Sequence[str], name: str) -> list[Line]:
         x, y, width, height, score, number = _numbers(fields[:6], where)
         if width < 0 or height < 0:
             raise InputError(f"{where} has width {width:g} and height {height:g}: boxes are x, y, width, height")
-        found.append(Line((x, y, width, height), score, _whole(number, where)))
+        found.append(Line((x, y, width, height), score, _whole(number, where), place))
     return found
 
 
@@ -106,7 +108,7 @@ def parse_widerperson(lines: Sequence[str], name: str) -> list[Line]:
         width, height = right - left + 1, bottom - top + 1
         if width < 0 or height < 0:
             raise InputError(f"{where} ends before it begins ({text.strip()!r:.60}): give class x1 y1 x2 y2 score")
-        found.append(Line((left, top, width, height), score, _whole(number, where)))
+        found.append(Line((left, top, width, height), score, _whole(number, where), place))
     if count is not None and count != len(found):
         raise InputError(f"{name}, line 1 says {count} detections, but there are {len(found)}: write the file again")
     return found

@@ -11,9 +11,10 @@ from numbers import Integral, Real
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from crossdino.documents import load_document
 from crossdino.errors import InputError
 from crossdino.exchange.category_numbers import visdrone_numbers
-from crossdino.exchange.frame import Frame, load_json, read_frame
+from crossdino.exchange.frame import Frame, read_frame
 from crossdino.exchange.lines import PEDESTRIAN, VISDRONE, WIDERPERSON, Line, TextFormat
 from crossdino.exchange.text_files import check_place, read_text_files, write_text_files
 
@@ -60,7 +61,12 @@ def detect_format(path: Path | str) -> str:
 
 
 def read_results(
-    path: Path | str, format: str | None, ground_truth: GroundTruth, *, on_note: OnNote | None = None
+    path: Path | str,
+    format: str | None,
+    ground_truth: GroundTruth,
+    *,
+    on_note: OnNote | None = None,
+    truth_name: str | None = None,
 ) -> list[dict[str, Any]]:
     """Read a result file of one of `FORMATS`.
 
@@ -70,6 +76,7 @@ def read_results(
         ground_truth: COCO JSON, as a file or as the dictionary. Text files are matched to its images by name,
             categories by VisDrone's names.
         on_note: called with a line that the user should read, such as how many images have no file; None: a warning.
+        truth_name: what messages call the ground truth; None: its path, if it is one.
 
     Returns:
         COCO results with the ground truth's ids, in the order of the file (of the images, for text files).
@@ -79,11 +86,11 @@ def read_results(
     """
     path = Path(path)
     format = detect_format(path) if format is None else _known(format)
-    frame = read_frame(ground_truth)
+    frame = read_frame(ground_truth, truth_name)
     if format not in _TEXT:
         if path.is_dir() or path.suffix.lower() == ".zip":
             raise InputError(f"{path} is no COCO results file: give a JSON file, or the format visdrone or widerperson")
-        return _checked(load_json(path, "the results"), str(path), frame)
+        return _checked(load_document(path, "the results"), str(path), frame)
     if path.is_file() and path.suffix.lower() != ".zip":
         raise InputError(
             f"{path} is one file: results as {format} are a folder or .zip with one text file for each image"
@@ -119,8 +126,15 @@ def write_results(
     check_format_place(path, format)
     frame = read_frame(ground_truth)
     rows = _checked(results, "the results", frame)
+    on_note = _warn if on_note is None else on_note
+    beyond = [row["score"] for row in rows if not 0 <= row["score"] <= 1]
+    if beyond:
+        on_note(
+            f"scores outside of 0 to 1: {len(beyond)}, such as {beyond[0]:g}; they are written as they are, and a "
+            "server may want fractions of 1"
+        )
     if format in _TEXT:
-        write_text_files(path, _texts(rows, format, frame, _warn if on_note is None else on_note))
+        write_text_files(path, _texts(rows, format, frame, on_note))
         return
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -177,9 +191,10 @@ def _read_text(path: Path, format: str, frame: Frame, on_note: OnNote) -> list[d
         for line in _TEXT[format].parse(lines, where):
             if line.number not in category_of:
                 known = ", ".join(map(str, sorted(category_of)))
+                raw = "; 0 and 11 stand in VisDrone's annotations only" if line.number in (0, 11) else ""
                 raise InputError(
-                    f"{where} has class {line.number}, and the ground truth has {known} of {format}'s classes: write "
-                    "detections of these only"
+                    f"{where}, line {line.place} has class {line.number}, and {frame.name} has {known} of {format}'s "
+                    f"classes: write detections of these only{raw}"
                 )
             category = category_of[line.number]
             box = list(line.box_xywh)
@@ -187,7 +202,7 @@ def _read_text(path: Path, format: str, frame: Frame, on_note: OnNote) -> list[d
     missing = [name for identity, name in frame.file_names.items() if identity not in rows_of]
     if missing:
         on_note(
-            f"{path}: {len(missing)} of {len(by_stem)} images have no file (the first: {missing[0]}); they count as "
+            f"{path}: images without a file: {len(missing)} of {len(by_stem)}, the first {missing[0]}; they count as "
             "images without detections"
         )
     return [row for identity in frame.file_names for row in rows_of.get(identity, [])]
@@ -210,7 +225,7 @@ def _texts(rows: list[dict[str, Any]], format: str, frame: Frame, on_note: OnNot
     beyond = sum(len(lines) > VISDRONE_LIMIT for lines in found.values())
     if format == "visdrone" and beyond:
         on_note(
-            f"{beyond} images have more than {VISDRONE_LIMIT} detections: all are written, and VisDrone's toolkit "
+            f"images with more than {VISDRONE_LIMIT} detections: {beyond}; all are written, and VisDrone's toolkit "
             f"measures the best {VISDRONE_LIMIT} of an image"
         )
     return texts
