@@ -83,6 +83,10 @@ def test_coco_missing_images_and_wrong_files(tmp_path: Path) -> None:
         ({**good, "categories": good["categories"][1:]}, r"category 1 is None, but 'person' in COCO 2017"),
         ([1, 2], r"has no list 'images' of objects"),
         ({**good, "images": good["images"] * 2}, "an image id is used twice"),
+        (
+            {**good, "images": [*good["images"], {**good["images"][0], "id": 7}]},
+            rf"lists the image {good['images'][0]['file_name']} twice",
+        ),
         ({**good, "images": [{"id": 1, "file_name": "a.jpg"}]}, "lacks an id, a file_name, a width or a height"),
     ]
     for key, value, message in (
@@ -194,6 +198,9 @@ def test_aitod_trainval_from_train_and_val(tmp_path: Path, with_files: bool) -> 
     assert not folder.is_symlink() and sorted(path.name for path in folder.iterdir()) == sorted(names)
     assert all(path.is_symlink() for path in folder.iterdir())
     assert len(load_dataset(tmp_path / "out", "train").records) == 5
+    # Without trainval nothing is chosen on the test images.
+    apart = prepare_benchmark("aitod", source, tmp_path / "apart", splits=["train", "val", "test"])
+    assert apart.description["roles"] == {"train": "train", "val": "val", "test": "test"}
 
 
 def test_aitod_v2_is_told_apart(tmp_path: Path) -> None:

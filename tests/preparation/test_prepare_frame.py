@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,8 +191,10 @@ def test_what_the_output_may_not_be(tmp_path: Path) -> None:
         InputError, match=r"was prepared with --ignored drop, not crowd: name another --output, or delete"
     ):
         prepare_benchmark("visdrone", source, output, options={"ignored": "crowd"})
-    with pytest.raises(InputError, match=r"was prepared with --images link, not copy"):
+    with pytest.raises(InputError, match=r"was prepared with --images link, not --images copy"):
         prepare_benchmark("visdrone", source, output, images="copy")
+    with pytest.raises(InputError, match=r"was prepared with --images link, not --without-images"):
+        prepare_benchmark("visdrone", source, output, images="none")
     with pytest.raises(InputError, match=r"was prepared with source .*raw, not .*other raw"):
         prepare_benchmark("visdrone", make_visdrone(tmp_path / "other raw"), output)
     with pytest.raises(InputError, match=r"was prepared with benchmark visdrone, not coco"):
@@ -321,9 +325,10 @@ def test_counts_beside_the_published_ones(
     assert "4 images ✓" in text and "38 objects ✓" in text and "2 images ✓" in text
     assert "3 images, found 2 (-1)" in text and "18 objects, found 19 (+1)" in text
     assert "objects: no number known (19 found)" in text
-    assert "not the published number: val has 2 instead of 3 images, 19 instead of 18 objects (us)" in text
-    assert "not the published number: together has 76 instead of 77 objects (all)" in text and "8 images ✓" in text
-    assert "not the published number: train" not in text and "not the published number: test" not in text
+    assert "not the published numbers: val has 2 instead of 3 images, 19 instead of 18 objects (us)" in text
+    assert "not the published numbers: together has 76 instead of 77 objects (all)" in text and "8 images ✓" in text
+    assert "train has" not in text and "test-dev has" not in text
+    assert text.count("is not comparable with the literature") == 1
     assert "2 category 0" in text and "4 category 11" in text and "2 score 0" in text
     entry = json.loads((tmp_path / "out/benchmark.json").read_text())["splits"]["val"]
     assert entry["checks"] == [
@@ -340,6 +345,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     text = capsys.readouterr().out
     assert "rules: objects 1, ignored 2,3, min_height 25, corners inclusive" in text
     assert f"{tmp_path / 'out'} is finished" in text.replace("\n", "")
+    assert "recipes --benchmark widerperson; input in the literature: between 1000 x 600" in text.replace("\n", "")
     options = json.loads((tmp_path / "out/benchmark.json").read_text())["options"]
     assert (options["ignored"], options["min_height"]) == ([2, 3], 25)
     assert main(words) == 0
@@ -392,6 +398,27 @@ def test_images_of_a_source_that_moved_are_asked_for(tmp_path: Path) -> None:
     moved = source.rename(tmp_path / "moved")
     with pytest.raises(InputError, match=r"was prepared with source .*raw, not .*moved"):
         prepare_benchmark("visdrone", moved, tmp_path / "out")
+
+
+def test_a_full_disk_is_not_taken_for_a_damaged_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def copy(file: Path, place: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))  # as shutil tells it
+
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    with pytest.raises(InputError, match=r"cannot write .*out.*: No space left on device; free some space and run"):
+        prepare_benchmark("visdrone", make_visdrone(tmp_path / "raw"), tmp_path / "out", images="copy")
+
+
+def test_a_second_run_at_the_same_time_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = shutil.copyfile
+
+    def copy_and_lose(file: Path, place: Path) -> None:
+        copy(file, place)
+        place.unlink()  # the other run gave it its name
+
+    monkeypatch.setattr(shutil, "copyfile", copy_and_lose)
+    with pytest.raises(InputError, match=r"No such file or directory; if another run writes there, let it end and run"):
+        prepare_benchmark("visdrone", make_visdrone(tmp_path / "raw"), tmp_path / "out", images="copy")
 
 
 def test_the_version_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,14 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from crossdino.benchmarks import VISDRONE_CLASSES
 from crossdino.data import load_dataset
 from crossdino.errors import InputError
+from crossdino.evaluation.visdrone_official import evaluate_visdrone_official
 from crossdino.preparation import prepare_benchmark
 from tests.raw_datasets import make_visdrone
+from tests.reference.visdrone_official_plain import evaluate_plain
 
 CATEGORIES = [{"id": number, "name": name} for number, name in enumerate(VISDRONE_CLASSES, start=1)]
 
@@ -64,6 +67,8 @@ def test_rules_by_hand(tmp_path: Path) -> None:
     ]
     assert found["categories"] == CATEGORIES
     assert found["visdrone_ignored"] == [
+        # An object that is dropped for its box: the challenge counts it.
+        {"image_id": 1, "bbox": [1, 2, 0, 4], "score": 1, "category": 10, "truncation": 0, "occlusion": 0},
         {"image_id": 2, "bbox": [0, 0, 30, 30], "score": 0, "category": 0, "truncation": 0, "occlusion": 0},
         {"image_id": 2, "bbox": [40, 41, 8, 9], "score": 1, "category": 11, "truncation": 1, "occlusion": 2},
         {"image_id": 2, "bbox": [50, 51, 3, 4], "score": 0, "category": 1, "truncation": 0, "occlusion": 2},
@@ -88,7 +93,7 @@ def test_crowd_makes_each_ignored_line_a_crowd_of_every_class(tmp_path: Path) ->
         (box, category) for box in ([0, 0, 30, 30], [40, 41, 8, 9], [50, 51, 3, 4]) for category in range(1, 11)
     ]
     assert [annotation["id"] for annotation in found["annotations"]] == list(range(1, 36))
-    assert len(found["visdrone_ignored"]) == 3
+    assert len(found["visdrone_ignored"]) == 4
     entry = prepared.description["splits"]["test-dev"]
     assert (entry["num_objects"], entry["num_ignored"]) == (5, 3), "regions are counted, not their ten crowds"
     assert entry["dropped"] == {"side below 1 px": 1}
@@ -144,6 +149,42 @@ def test_random_data_against_a_plain_second_reading(tmp_path: Path) -> None:
     assert index.num_objects == len(read(tmp_path / "out", "test-dev")["annotations"])
 
 
+@pytest.mark.parametrize("ignored", ["drop", "crowd"])
+@pytest.mark.parametrize("rules", [{}, {"min_side": 6}, {"min_side": 0}, {"outside": "drop"}], ids=str)
+def test_official_metric_of_what_was_prepared_is_that_of_the_raw_lines(
+    tmp_path: Path, ignored: str, rules: dict[str, Any]
+) -> None:
+    """Objects that are dropped (no width, too small, outside) are no objects to train on, but some to the challenge."""
+    rng = np.random.default_rng(5)
+    texts: dict[str, str] = {}
+    images: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    for number in range(1, 5):
+        # Two objects without a width or a height, two outside of the image, of 100 x 80 pixels.
+        rows = [[5, 6, 0, 9, 1, 4], [40, 41, 7, 0, 1, 4], [101, 3, 5, 5, 1, 4], [-9, 3, 8, 8, 1, 1]]
+        rows += [
+            [*rng.integers(0, 70, 2).tolist(), *rng.integers(2, 25, 2).tolist(), int(rng.random() > 0.2), category]
+            for category in rng.choice([1, 4, 4, 4, 11], 14).tolist()
+        ]
+        rows.insert(3, [20, 20, 30, 25, 0, 0])
+        found = [
+            [*(np.array(row[:4]) + rng.normal(0, 0.7, 4)).clip(-20).tolist(), float(rng.random()), min(row[5], 10)]
+            for row in [*rows, *rows]
+            if row[5]
+        ]
+        found = [[*row[:2], max(row[2], 0.0), max(row[3], 0.0), *row[4:]] for row in found]
+        found.sort(key=lambda row: -row[4])
+        texts[f"{number:04d}"] = "".join(",".join(map(str, [*row, 0, 0])) + "\n" for row in rows)
+        images.append({"width": 100, "height": 80, "gt": rows, "det": found})
+        results += [{"image_id": number, "category_id": row[5], "bbox": row[:4], "score": row[4]} for row in found]
+    source = write_raw(tmp_path / "raw", "val", texts)
+    prepare_benchmark("visdrone", source, tmp_path / "out", options={"ignored": ignored, **rules})
+    measured = evaluate_visdrone_official(tmp_path / "out" / "annotations" / "val.json", results)
+    expected = evaluate_plain(images)
+    assert 0.2 < expected["AP50"] < 0.9
+    assert measured.metrics == pytest.approx(expected, abs=1e-12)  # the same sums in another order
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -193,6 +234,26 @@ def test_where_the_splits_are_found(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="its name does not tell of which split; name it, e.g. --splits val"):
         splits(renamed, "renamed")
     assert splits(renamed, "renamed", splits=["val"]) == ["val"]
+    # A link tells it by its own name; so does a split's bare name, where annotations lie in that folder itself.
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "VisDrone2019-DET-val").symlink_to(renamed)
+    write_raw(links, "train", {"x": "1,2,3,4,1,4,0,0"})
+    (links / "VisDrone2019-DET-train").rename(links / "test_dev")
+    assert splits(links, "by link and bare name") == ["val", "test-dev"]
+    misleading = links.rename(tmp_path / "train")
+    assert splits(misleading, "in a folder called train") == ["val", "test-dev"]
+
+
+def test_objects_that_are_there_twice(tmp_path: Path) -> None:
+    """They stay; the published numbers of val and test-dev count them once, that of train twice."""
+    text = "1,2,9,9,1,4,0,0\n1,2,9,9,1,4,1,2\n1,2,9,9,1,5,0,0\n1,2,9,9,0,4,0,0\n1,2,9,9,0,4,0,0\n"
+    source = write_raw(tmp_path / "raw", "val", {"a": text, "b": "1,2,9,9,1,4,0,0\n"})
+    write_raw(source, "train", {"a": text})
+    found = prepare_benchmark("visdrone", source, tmp_path / "out").description["splits"]
+    counts = {split: (entry["num_objects"], entry["checks"][1]["found"]) for split, entry in found.items()}
+    assert counts == {"train": (3, 3), "val": (4, 3)}
+    assert found["val"]["notes"] == ["objects that are there twice, with the same class and box: 1 (kept)"]
 
 
 def test_test_challenge_is_left_out_with_a_word(tmp_path: Path) -> None:
@@ -201,6 +262,10 @@ def test_test_challenge_is_left_out_with_a_word(tmp_path: Path) -> None:
     prepared = prepare_benchmark("visdrone", source, tmp_path / "out")
     assert list(prepared.description["splits"]) == ["val"]
     assert any("test-challenge" in note and "not public" in note for note in prepared.notes)
+    alone = tmp_path / "alone"
+    (alone / "VisDrone2019-DET-test-challenge" / "images").mkdir(parents=True)
+    with pytest.raises(InputError, match="annotations of test-challenge are not public"):
+        prepare_benchmark("visdrone", alone, tmp_path / "none")
     assert any(note.startswith("train is not in the source and was left out") for note in prepared.notes)
 
 

@@ -81,8 +81,8 @@ def test_rules_by_hand(tmp_path: Path) -> None:
     checks = [(check["what"], check["found"], check["published"]) for check in splits["train"]["checks"]]
     assert checks == [("images", 5, 8000), ("objects", 3, None)], "the list is published, not what is left of it"
     assert splits["val"]["notes"] == [
-        "val.txt lists 1 images twice: once is enough",
-        "the count in the first line is wrong, all lines were taken: 000005.jpg.txt says nothing and has 0; "
+        "names that are in val.txt more than once count once: 1",
+        "the count in the first line is wrong, all lines were taken: 000005.jpg.txt is empty; "
         "000001.png.txt says 3 and has 2",
     ]
     index = load_dataset(tmp_path / "out", "val")

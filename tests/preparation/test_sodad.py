@@ -250,7 +250,7 @@ def test_benchmark_json_counts(raw: Path, prepared: Path) -> None:
         "patches": (8, 161_579),
     }
     assert (entry["num_images"], entry["num_ignored"]) == (8, 0)
-    assert any("1 images without any annotation" in note for note in entry["notes"])
+    assert any("images without any annotation: 1;" in note for note in entry["notes"])
     assert any("numbered from 1" in note for note in entry["notes"])
 
 

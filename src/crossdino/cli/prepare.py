@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -87,8 +87,10 @@ def _add_options(parser: argparse.ArgumentParser, name: str) -> None:
         "--without-images", action="store_true", help="annotations only, enough to evaluate files of predictions"
     )
     parser.add_argument("--processes", type=positive, metavar="N", help="that work at the same time (the cores)")
-    rules = parser.add_argument_group("rules", "What the literature does is the default.")
-    for rule in options_of(name):
+    known_rules = options_of(name)
+    what = "What the literature does is the default." if known_rules else "There is nothing to choose."
+    rules = parser.add_argument_group("rules", what)
+    for rule in known_rules:
         default = ",".join(map(str, rule.default)) if isinstance(rule.default, tuple) else rule.default
         value: dict[str, Any] = {"type": rule.parse, "metavar": rule.metavar}
         value = {"choices": rule.choices} if rule.choices else value
@@ -106,12 +108,14 @@ def _print(prepared: Prepared, console: Console) -> None:
     """The table, and below it what the reader has to know."""
     from rich.table import Table
 
+    from crossdino.preparation.folders import typed
+
     description, output = prepared.description, prepared.output
-    title = BENCHMARKS[description["benchmark"]].title
+    benchmark = BENCHMARKS[description["benchmark"]]
     roles: dict[str, list[str]] = {}
     for role, split in description["roles"].items():
         roles.setdefault(split, []).append(role)
-    table = Table(title=f"{title} in {output}")
+    table = Table(title=f"{benchmark.title} in {output}")
     for column in ("split", "role", "images", "objects", "ignored", "dropped", "published"):
         table.add_column(column, justify="right" if column in ("images", "objects", "ignored") else "left")
     notes = list(prepared.notes)
@@ -121,25 +125,21 @@ def _print(prepared: Prepared, console: Console) -> None:
         published = "\n".join(_compare(check, console) for check in entry["checks"])
         table.add_row(split, ", ".join(roles.get(split, [])), *numbers, dropped, published)
         notes += [f"{split}: {note}" for note in entry["notes"]]
-        notes += _differing(split, entry["checks"])
     if description["total_checks"]:
         table.add_section()
         published = "\n".join(_compare(check, console) for check in description["total_checks"])
         table.add_row("together", "", "", "", "", "", published)
-        notes += _differing("together", description["total_checks"])
     console.print(table)
-    rules = ", ".join(f"{name} {_words(value)}" for name, value in description["options"].items())
+    notes += _differing(description)
+    rules = ", ".join(f"{name} {typed(value)}" for name, value in description["options"].items())
     for line in (
         *notes,
         f"rules: {rules}" if rules else "",
         f"{output} is there already: nothing was done" if prepared.was_there else f"{output} is finished",
+        f"recipes: crossdino recipes --benchmark {benchmark.name}; input in the literature: {benchmark.input}",
     ):
         if line:
             console.print(line, soft_wrap=True, markup=False)
-
-
-def _differs(check: dict[str, Any]) -> bool:
-    return check["published"] is not None and check["found"] != check["published"]
 
 
 def _compare(check: dict[str, Any], console: Console) -> str:
@@ -152,17 +152,19 @@ def _compare(check: dict[str, Any], console: Console) -> str:
     return f"{published} {what}, found {found} ({found - published:+d})"
 
 
-def _differing(split: str, checks: Sequence[dict[str, Any]]) -> list[str]:
-    """A note where numbers differ: no mistake in a part of the data set, but nothing to compare with the literature."""
-    differing = [check for check in checks if _differs(check)]
-    if not differing:
-        return []
-    numbers = ", ".join(f"{check['found']} instead of {check['published']} {check['what']}" for check in differing)
-    return [f"not the published number: {split} has {numbers} ({differing[0]['source']})"]
-
-
-def _words(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+def _differing(description: dict[str, Any]) -> Iterator[str]:
+    """Notes where numbers differ: no mistake in a part of the data set, but nothing to compare with the literature."""
+    parts = {split: entry["checks"] for split, entry in description["splits"].items()}
+    of_source: dict[str, list[str]] = {}
+    for split, checks in {**parts, "together": description["total_checks"]}.items():
+        differing = [check for check in checks if check["published"] not in (None, check["found"])]
+        numbers = ", ".join(f"{check['found']} instead of {check['published']} {check['what']}" for check in differing)
+        if differing:
+            of_source.setdefault(differing[0]["source"], []).append(f"{split} has {numbers}")
+    for source, lines in of_source.items():
+        yield f"not the published numbers: {'; '.join(lines)} ({source})"
+    if of_source:
+        yield "what is measured on data with other numbers than these is not comparable with the literature"
 
 
 class _Bars:

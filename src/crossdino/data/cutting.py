@@ -27,9 +27,9 @@ from PIL import Image
 from crossdino.data.images import ImageError, read_image
 from crossdino.data.index import DatasetIndex, ImageRecord
 from crossdino.data.parallel import in_processes
-from crossdino.data.writing import cannot_write, partial_path, write_whole
 from crossdino.errors import InputError
 from crossdino.tiling import Tile, tile_grid
+from crossdino.writing import cannot_write, partial_path, write_whole
 
 # The longest stem of a tile's file name in bytes; file systems take 255 with all that is added.
 _LONGEST_STEM = 180

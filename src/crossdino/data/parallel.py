@@ -8,9 +8,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.connection import wait as wait_for_any
+from types import FrameType
 from typing import TypeVar
 
 from crossdino.errors import InputError
@@ -57,6 +59,11 @@ def in_processes(
         remaining = iter(chunks)
         running: dict[Future[list[_Result]], int] = {}
         try:
+            with _interrupts_held_back():
+                if context.get_start_method() == "forkserver":
+                    _start_forkserver()
+                for start, part in islice(remaining, num_processes):
+                    running[pool.submit(_do, function, part)] = start
             while True:
                 for start, part in islice(remaining, 2 * num_processes - len(running)):
                     running[pool.submit(_do, function, part)] = start
@@ -66,11 +73,40 @@ def in_processes(
                     yield from enumerate(future.result(), start=running.pop(future))
         except BrokenProcessPool:
             raise InputError(
-                "a process that reads or cuts images has ended (often for want of memory): run the same command again "
-                f"with {option} 1: it goes on from here"
+                "a process that reads or cuts images has ended (often for want of memory, or since a script calls this "
+                f"outside of `if __name__ == '__main__':`): run the same again with {option} 1: it goes on from here"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Let Ctrl-C wait while processes are started: half started ones would be forgotten, and complain."""
+    # Python allows handlers in the main thread, and cannot put back one that is not of Python.
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held and callable(before):
+        before(*held[0])
+
+
+def _start_forkserver() -> None:
+    """Start it with Ctrl-C blocked, which it and its children inherit: it reaches them too, also as they import."""
+    from multiprocessing import forkserver, resource_tracker  # not on Windows
+
+    resource_tracker.ensure_running()  # it unblocks the signal after its own start
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _do(function: Callable[[_Task], _Result], tasks: Sequence[_Task]) -> list[_Result]:

@@ -26,7 +26,8 @@ def read_coco(path: Path) -> Document:
         InputError: it is no such file.
     """
     try:
-        document = json.loads(path.read_bytes())
+        # Polygons are left out as they are read: COCO's training file takes 1 GB of memory this way, else 2.5.
+        document = json.loads(path.read_text(encoding="utf-8-sig"), object_hook=_without_polygons)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path} ({error}); download it again") from None
     for key in ("images", "annotations", "categories"):
@@ -69,6 +70,11 @@ def renew(path: Path, document: Document, split: str, *, renumber: bool) -> tupl
     sizes = {image["id"]: image for image in images}
     if len(sizes) != len(images):
         raise InputError(f"{path}: an image id is used twice; download the file again")
+    names: set[str] = set()
+    for image in images:
+        if image["file_name"] in names:
+            raise InputError(f"{path} lists the image {image['file_name']} twice; download the file again")
+        names.add(image["file_name"])
     categories = frozenset(category["id"] for category in document["categories"])
     annotations: list[Document] = []
     unlisted = zeros = 0
@@ -139,6 +145,11 @@ def find_images(names: Sequence[str], folders: Sequence[Path], source: Path) -> 
         f"image {first} is missing, as are {len(names) - len(places) - 1} more of {len(names)}; looked in {looked} of "
         f"{source}: put the images there, or add --without-images to go without them"
     )
+
+
+def _without_polygons(entry: Document) -> Document:
+    entry.pop("segmentation", None)
+    return entry
 
 
 def _image(path: Path, entry: Document) -> Document:

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from crossdino.data.writing import partial_path
 from crossdino.errors import InputError
+from crossdino.writing import partial_path
 
 FINISHED = "benchmark.json"
 UNFINISHED = ".prepare.json"
 FORMAT = 1
+_NO_IMAGES = ("--images none", "--without-images")
 
 
 def check_source(source: Path) -> None:
@@ -85,9 +86,11 @@ def finished_splits(output: Path, mine: Mapping[str, Any]) -> dict[str, dict[str
         raise InputError(f"cannot read {note} ({error}): delete {output} or name another --output") from None
     for key, value in mine.items():
         if was.get(key) != value:
+            was_typed, now = f"{key} {typed(was.get(key))}", typed(value)
+            if key == "--images":  # `none` is typed otherwise
+                was_typed, now = was_typed.replace(*_NO_IMAGES), f"{key} {now}".replace(*_NO_IMAGES)
             raise InputError(
-                f"{output} was prepared with {key} {_words(was.get(key))}, not {_words(value)}: name another --output, "
-                f"or delete {output}"
+                f"{output} was prepared with {was_typed}, not {now}: name another --output, or delete {output}"
             )
     return splits
 
@@ -100,6 +103,6 @@ def make_folder(folder: Path) -> None:
         raise InputError(f"cannot make the folder {folder}: {error.strerror}; name another --output") from None
 
 
-def _words(value: object) -> str:
-    """An option's value as it is typed."""
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+def typed(value: object) -> str:
+    """A value as it is typed."""
+    return (",".join(map(str, value)) or "none") if isinstance(value, list) else str(value)

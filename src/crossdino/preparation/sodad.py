@@ -168,14 +168,16 @@ def _prepare_split(
     num_objects = len(raw.categories) - num_regions
     notes = []
     if skipped := len(raw.images) - len(shown):
-        notes.append(f"{skipped} images without any annotation have no patches, so nothing will be found in them")
+        notes.append(
+            f"images without any annotation: {skipped}; they have no patches, so nothing will be found in them"
+        )
     if not num_regions:
         notes.append(
             f"{raw.path.name} has no annotation of category {REGION}, so there are no ignore regions to paint over"
         )
     if flagged := sum(int(patch.flagged.sum()) for plan in plans for _, patch in plan.patches):
         place = "regions to ignore" if options["pieces"] == "ignore" else "background, listed under 'pieces'"
-        notes.append(f"{flagged} pieces of at most {rules.ignore_ratio} of their object are {place}")
+        notes.append(f"pieces of at most {rules.ignore_ratio} of their object: {flagged}; they are {place}")
     if other := _other_names(raw, work.benchmark.categories):
         notes.append(f"{raw.path.name} calls {other}: check that it is SODA-D's; categories go by their numbers")
     if renumbered:

@@ -13,11 +13,11 @@ from PIL import Image
 
 from crossdino.data.check import check_images
 from crossdino.data.images import MISSING, ImageError, read_image
-from crossdino.data.writing import cannot_write, partial_path, write_whole
 from crossdino.errors import InputError
 from crossdino.preparation.sodad_patches import Patch, PatchRules, cut_patch
 from crossdino.preparation.sodad_raw import RawImage
 from crossdino.preparation.work import Work
+from crossdino.writing import cannot_write, partial_path, write_whole
 
 
 @dataclass(frozen=True)

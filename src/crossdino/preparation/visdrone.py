@@ -6,7 +6,8 @@ to 10 are the classes, 0 marks regions in which nothing is annotated, 11 is "oth
 
 RFLA and SR-TOD, whose protocol the paper follows, publish no conversion. What their loaders leave of categories 0, 11
 and of score 0 is nothing, so `drop` is the default: detections there count as false. `crowd` makes them regions to
-ignore, for every class. Both keep these lines in `visdrone_ignored`, which the official metric needs.
+ignore, for every class. Both keep these lines in `visdrone_ignored`, which the official metric needs, and so do lines
+that are dropped for their boxes: objects that nobody can find are still objects to it.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ OPTIONS = (
 )
 
 SPLITS = ("train", "val", "test-dev")
-_FOLDER = re.compile(r"visdrone20\d\d-det-(train|val|test-dev|test-challenge)", re.IGNORECASE)
+_FOLDER = re.compile(r"(visdrone20\d\d-det-)?(train|val|test[-_]dev|test[-_]challenge)(.*)", re.IGNORECASE)
 _FIELDS = ("bbox_left", "bbox_top", "bbox_width", "bbox_height", "score", "object_category", "truncation", "occlusion")
+# Of these the published numbers of objects count a line once that is there twice (see `crossdino.benchmarks`).
+_COUNTED_ONCE = ("val", "test-dev")
 # Truncation is 0 or 1 and occlusion 0 to 2; they are handed on as they stand.
 _RANGES = {"score": range(2), "object_category": range(12)}
 _SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -77,7 +80,7 @@ def prepare(source: Path, work: Work, options: Mapping[str, Any]) -> list[SplitR
     folders = find_folders(source, work)
     looked_for = {split: f"VisDrone2019-DET-{split}/annotations" for split in SPLITS}
     results: list[SplitResult] = []
-    for split, folder in work.choose(folders, looked_for):
+    for split, folder in work.choose(folders, looked_for, "; ".join([*work.notes, entries(source)])):
         pairs = _pair_files(folder, work)
         fingerprint = work.fingerprint(
             [annotations for annotations, _ in pairs], [image for _, image in pairs if image is not None]
@@ -114,20 +117,22 @@ def convert(
     annotations: list[dict[str, Any]] = []
     raw_ignored: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
-    counted = num_objects = num_ignored = 0
+    num_objects = num_ignored = num_rows = num_doubles = 0
     for image_id, (name, (size_wh, rows)) in enumerate(zip(names, read, strict=True), start=1):
         images.append({"id": image_id, "file_name": name, "width": size_wh[0], "height": size_wh[1]})
+        labels = [(row.category, *row.bbox) for row in rows if not row.ignored]
+        num_rows += len(labels)
+        num_doubles += len(labels) - len(set(labels))
         for row in rows:
             reason = row.ignored
             marks = {"truncation": row.truncation, "occlusion": row.occlusion}
-            counted += not reason
-            if reason:
+            box = settle_box(row.bbox, size_wh, options["min_side"], options["outside"])
+            if reason or isinstance(box, str):  # the official metric counts an object without a width, too
                 raw = {"image_id": image_id, "bbox": row.bbox, "score": row.score, "category": row.category}
                 raw_ignored.append(raw | marks)
-                if options["ignored"] == "drop":
-                    dropped[reason] += 1
-                    continue
-            box = settle_box(row.bbox, size_wh, options["min_side"], options["outside"])
+            if reason and options["ignored"] == "drop":
+                dropped[reason] += 1
+                continue
             if isinstance(box, str):
                 dropped[box] += 1
                 continue
@@ -150,9 +155,10 @@ def convert(
         "categories": [{"id": category_id, "name": name} for category_id, name in categories.items()],
         "visdrone_ignored": raw_ignored,
     }
+    counted = {"objects": num_rows - (num_doubles if split in _COUNTED_ONCE else 0)}
+    notes = (f"objects that are there twice, with the same class and box: {num_doubles} (kept)",) if num_doubles else ()
     dropped_in_order = dict(sorted(dropped.items()))
-    result = SplitResult(split, len(images), num_objects, num_ignored, dropped_in_order, {"objects": counted})
-    return document, result
+    return document, SplitResult(split, len(images), num_objects, num_ignored, dropped_in_order, counted, notes)
 
 
 def read_pair(pair: tuple[Path, Path | None]) -> tuple[tuple[int, int], list[Row]]:
@@ -197,11 +203,14 @@ def find_folders(source: Path, work: Work) -> dict[str, Path]:
     """The folder of each split that has annotations: in the source, one level deeper, or the source itself."""
     found: dict[str, Path] = {}
     for folder in (source, *_folders(source), *(inner for outer in _folders(source) for inner in _folders(outer))):
-        match = _FOLDER.match(folder.resolve().name)
-        if match is None:
+        # A link may have the name, or what it points to; `.` has none of its own.
+        match = _FOLDER.fullmatch(folder.name) or _FOLDER.fullmatch(folder.resolve().name)
+        if match is None or not (match[1] or match[3] == ""):
             continue
-        split = match[1].lower()
-        inner = next((place for place in (folder, *_folders(folder)) if (place / "annotations").is_dir()), None)
+        split = match[2].lower().replace("_", "-")
+        # Whoever renames a folder to `val` may have others of that name: only with what belongs in it.
+        places = (folder, *_folders(folder)) if match[1] else (folder,)
+        inner = next((place for place in places if (place / "annotations").is_dir()), None)
         if split == "test-challenge":
             work.notes.append(f"{folder} was left out: the annotations of test-challenge are not public")
         elif inner is not None and found.setdefault(split, inner) != inner:

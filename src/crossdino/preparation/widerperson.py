@@ -238,7 +238,7 @@ def _pair_files(root: Path, listing: Path, work: Work) -> tuple[list[tuple[Path,
     stems = [name[: -len(suffix)] if (suffix := _suffix(name)) else name for name in names]
     unique = list(dict.fromkeys(stems))
     notes = (
-        [f"{listing.name} lists {len(stems) - len(unique)} images twice: once is enough"]
+        [f"names that are in {listing.name} more than once count once: {len(stems) - len(unique)}"]
         if len(unique) < len(stems)
         else []
     )
@@ -275,7 +275,7 @@ def _suffix(name: str) -> str:
 def _compare_counts(pairs: Sequence[tuple[Path, Path | None]], read: Sequence[RawImage]) -> list[str]:
     """Notes on files whose first line does not say how many boxes follow."""
     wrong = [
-        f"{text.name} says {'nothing' if raw.count is None else raw.count} and has {len(raw.rows)}"
+        f"{text.name} {'is empty' if raw.count is None else f'says {raw.count} and has {len(raw.rows)}'}"
         for (text, _), raw in zip(pairs, read, strict=True)
         if raw.count != len(raw.rows)
     ]

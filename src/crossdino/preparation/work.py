@@ -24,7 +24,6 @@ from typing import Any, Literal, TypeVar
 from crossdino.benchmarks import Benchmark
 from crossdino.data.check import hash_file
 from crossdino.data.parallel import in_processes
-from crossdino.data.writing import cannot_write, partial_path, write_whole
 from crossdino.errors import InputError
 from crossdino.preparation.contract import SplitResult
 from crossdino.preparation.folders import (
@@ -37,6 +36,7 @@ from crossdino.preparation.folders import (
     finished_splits,
     make_folder,
 )
+from crossdino.writing import cannot_write, is_full, partial_path, write_whole
 
 Images = Literal["link", "copy", "none"]
 # Called as `(what is done, done, total)`.
@@ -332,10 +332,18 @@ class Work:
         return (json.dumps(content, indent=2) + "\n").encode()
 
     def _roles(self) -> dict[str, str]:
-        """Train, val and test -> the split that plays it: the literature's, or else the one of that name."""
-        roles = {role: self.benchmark.roles.get(role, role) for role in ("train", "val", "test")}
-        roles = {role: split if split in self.splits else role for role, split in roles.items()}
-        return {role: split for role, split in roles.items() if split in self.splits}
+        """Train, val and test -> the split that plays it: the literature's, or else the one of that name.
+
+        Where training is not on the literature's split (AI-TOD's train instead of trainval) val is what is called so.
+        """
+        roles: dict[str, str] = {}
+        for role in ("train", "val", "test"):
+            names = [self.benchmark.roles.get(role, role), role]
+            if self.benchmark.roles["train"] not in self.splits:
+                names.reverse()
+            there = [name for name in names if name in self.splits]
+            roles |= {role: there[0]} if there else {}
+        return roles
 
     def _total_checks(self) -> list[dict[str, Any]]:
         """What all splits hold together beside what is published about that, once all of them are there."""
@@ -374,7 +382,8 @@ def _copy(file: Path, place: Path) -> None:
             os.replace(partial, place)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        if error.filename is not None and Path(error.filename) == file:
+        # That the disk is full is told with the name of the file that is read.
+        if error.filename is not None and Path(error.filename) == file and not is_full(error):
             raise InputError(f"cannot read image {file}: {error.strerror}; restore it") from None
         raise cannot_write(place, error) from None
 
