@@ -25,12 +25,12 @@ from crossdino.checkpoints import (
     start_from,
     weights_digest,
     write_calibration,
-    written_whole,
 )
 from crossdino.config import Config, InferenceConfig
 from crossdino.errors import InputError
 from crossdino.evaluation.calibration import Calibration
 from crossdino.models.detector import CrossDINO
+from crossdino.writing import written_whole
 
 
 @pytest.fixture

@@ -151,6 +151,22 @@ def test_the_console_command() -> None:
         assert found.stderr == "crossdino: error: unknown argument '--recip'; did you mean '--recipe' or '--help'?\n"
 
 
+def test_a_file_of_detections_is_measured_and_written_without_torch(tiny_data: Path, tmp_path: Path) -> None:
+    truth = tiny_data / "val.json"
+    found = [
+        {key: entry[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.5}
+        for entry in json.loads(truth.read_text())["annotations"]
+    ]
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    files = ("--ground-truth", str(truth), "--predictions", str(tmp_path / "found.json"))
+    code = "import sys; from crossdino.cli import main; s = main(sys.argv[1:]); sys.exit(s or 'torch' in sys.modules)"
+    for words in ((), ("--protocol", "coco")):
+        words = ("evaluate", *files, *words, "--json", str(tmp_path / "out.json"))
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out.json").read_text())["metrics"]["AP"] == pytest.approx(1)
+
+
 def test_interrupts_and_our_own_bugs(
     trained: list[Any], tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,7 +250,7 @@ def test_settings_come_from_recipe_then_file_then_command_line(
         },
     )
     assert config == expected
-    assert keywords == {"resume": False, "overwrite": True, "init_weights": "w"}
+    assert keywords == {"resume": False, "overwrite": True, "init_weights": "w", "recipe": "compact"}
     assert isinstance(config.training.epochs, int) and isinstance(config.evaluation.size_bands["tiny"], tuple)
 
 
@@ -244,9 +260,8 @@ def test_resume_starts_from_the_stored_configuration(
     (tmp_path / "run").mkdir()
     write_yaml(tiny_config, tmp_path / "run" / "config.yaml")
     assert run("train", "--output", tmp_path / "run", "--resume", "--training.epochs", 9) == 0
-    assert trained == [
-        (with_changes(tiny_config, {"training.epochs": 9}), {"resume": True, "overwrite": False, "init_weights": None})
-    ]
+    keywords = {"resume": True, "overwrite": False, "init_weights": None, "recipe": None}
+    assert trained == [(with_changes(tiny_config, {"training.epochs": 9}), keywords)]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from crossdino.cli import main
 from crossdino.evaluation.protocols import evaluate_protocol
+from crossdino.exchange import write_results
 
 
 @pytest.fixture
@@ -118,7 +119,8 @@ def test_names_of_files_that_are_called_alike(files):
         (("--confidence", "95"), ("a.json",), "at most 1"),
         (("--confidence", "1"), ("a.json",), "below 1"),
         (("--protocol", "coco", "--max-detections", "5"), ("a.json",), "fixed by --protocol"),
-        (("--protocol", "visdrone-official"), ("a.json",), "choose one of"),
+        (("--protocol", "visdrone-official"), ("a.json",), "cannot be resampled by images; did you mean 'visdrone'?"),
+        (("--protocol", "kitti"), ("a.json",), "choose one of coco, aitod, visdrone, sodad, widerperson"),
         (("--json", "nowhere/out.json"), ("a.json",), "no folder"),
     ],
 )
@@ -127,6 +129,26 @@ def test_mistakes_are_one_line(files, capsys, words, predictions, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_text_files_of_visdrone(files, capsys):
+    truth = json.loads((files / "truth.json").read_text())
+    truth["images"] = [{"id": image["id"], "file_name": f"{image['id']:07d}.jpg"} for image in truth["images"]]
+    truth["categories"] = [{"id": 1, "name": "pedestrian"}]
+    (files / "truth.json").write_text(json.dumps(truth))
+    for name, place in (("a", "old"), ("b", "new.zip")):
+        write_results(json.loads((files / f"{name}.json").read_text()), files / place, "visdrone", truth)
+    words = ("--protocol", "visdrone", "--json", str(files / "out.json"))
+    assert run(files, *words) == 0
+    of_json = json.loads((files / "out.json").read_text())
+    assert run(files, *words, files=("old", "new.zip")) == 0
+    of_text = json.loads((files / "out.json").read_text())
+    assert of_text["names"] == ["old", "new"]
+    assert of_text["num_predictions"] == of_json["num_predictions"] == [125, 125]
+    assert of_text["metrics"] == of_json["metrics"]
+    capsys.readouterr()
+    assert run(files, files=("old", "old")) == 2
+    assert "twice" in capsys.readouterr().err
 
 
 def test_what_is_read_is_not_overwritten(files, capsys):

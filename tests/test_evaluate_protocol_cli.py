@@ -19,7 +19,7 @@ from crossdino.evaluation.sodad import merge_patches
 from crossdino.exchange import write_results
 from crossdino.models.detector import CrossDINO
 from crossdino.preparation.prepare import prepare_benchmark
-from tests.raw_datasets import make_visdrone
+from tests.raw_datasets import make_visdrone, make_widerperson
 from tests.raw_sodad import make_sodad
 
 
@@ -35,8 +35,8 @@ def sodad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_benchmark("sodad", make_sodad(folder / "raw"), folder / "prepared").output
 
 
-def make_weights(folder: Path, benchmark: str) -> Path:
-    """A model folder with random weights for the classes of a benchmark."""
+def make_weights(folder: Path, benchmark: str, num_classes: int | None = None) -> Path:
+    """A model folder with random weights for the classes of a benchmark, or the first ones of these."""
     torch.manual_seed(0)
     small: dict[str, Any] = {
         "backbone": "test_efficientnet",
@@ -48,10 +48,10 @@ def make_weights(folder: Path, benchmark: str) -> Path:
         "feedforward_dim": 32,
         "num_queries": 20,
     }
-    names = tuple(BENCHMARKS[benchmark].categories.values())
+    names = tuple(BENCHMARKS[benchmark].categories.values())[:num_classes]
     model = CrossDINO(dataclasses.replace(Config().model, **small, class_names=names))
     model.inference = dataclasses.replace(model.inference, short_side=64, long_side=128, num_select=30)
-    save_model(model, folder, category_ids=tuple(BENCHMARKS[benchmark].categories))
+    save_model(model, folder, category_ids=tuple(BENCHMARKS[benchmark].categories)[:num_classes])
     return folder
 
 
@@ -98,6 +98,14 @@ def test_a_prepared_folder_brings_its_protocol_and_its_split(
     assert read(numbers)["metrics"] == expected
     assert run("--ground-truth", truth, "--predictions", found, "--json", numbers) == 0
     assert read(numbers)["metrics"] == expected and read(numbers)["provenance"]["split"] == "test-dev"
+    # With bands of one's own too; and the numbers alone on the standard output.
+    capsys.readouterr()
+    words = ["--ground-truth", visdrone, "--split", "test-dev", "--predictions", found, "--json", "-"]
+    assert run(*words, "--max-detections", 200) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["max_detections"] == 200
+    assert run(*words) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["metrics"] == expected and "AP_vt" in output.err
 
 
 def test_own_bands_and_caps_go_before_the_data_s_protocol(visdrone: Path, tmp_path: Path) -> None:
@@ -158,6 +166,55 @@ def test_patches_are_merged_and_measured_on_the_original_images(
     assert "sodad, split test" in capsys.readouterr().out
 
 
+def test_patches_by_another_protocol_are_images(sodad: Path, tmp_path: Path) -> None:
+    patches = read(sodad / "annotations" / "test.json")
+    found = shifted(patches["annotations"])
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    words = ["--predictions", tmp_path / "found.json", "--json", tmp_path / "numbers.json"]
+    for truth in (
+        ["--ground-truth", sodad, "--split", "test"],
+        ["--ground-truth", sodad / "annotations" / "test.json"],
+    ):
+        assert run(*words, *truth, "--protocol", "coco") == 0
+        expected = evaluate_protocol("coco", patches, found)
+        assert expected.metrics["AP"] > 0.1
+        assert read(tmp_path / "numbers.json")["metrics"] == expected.to_dict()["metrics"]
+        assert run(*words, *truth, "--size-bands", "small=0-32") == 0
+        result = read(tmp_path / "numbers.json")
+        assert (result["ap"], result["num_images"]) == (pytest.approx(expected.metrics["AP"]), len(patches["images"]))
+
+
+def test_classes_that_the_model_does_not_know_are_told(
+    visdrone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = make_weights(tmp_path / "weights", "visdrone", num_classes=8)
+    words = ["--ground-truth", visdrone, "--weights", weights, "--device", "cpu", "--json", tmp_path / "numbers.json"]
+    assert run(*words) == 0
+    assert "the model knows 8 of the 10 classes: objects of bus, motor count as missed" in capsys.readouterr().out
+    assert read(tmp_path / "numbers.json")["by_class"]["motor"]["AP"] == 0
+
+
+def test_no_result_is_written_over_what_it_was_made_of(
+    sodad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotations = sodad / "annotations"
+    found = tmp_path / "found.json"
+    found.write_text(json.dumps(shifted(read(annotations / "test.json")["annotations"])))
+    inputs = (found, annotations / "test.json", annotations / "test_originals.json")
+    before = [path.read_bytes() for path in inputs]
+    words = ["--ground-truth", sodad, "--split", "test"]
+    for path in inputs:
+        assert run(*words, "--predictions", found, "--json", path) == 2
+        assert f"{path} would replace {path}, which is read" in capsys.readouterr().err
+    weights = make_weights(tmp_path / "weights", "sodad")
+    of_model = [*words, "--weights", weights, "--device", "cpu"]
+    assert run(*of_model, "--predictions-out", annotations / "test.json") == 2
+    assert run(*of_model, "--predictions-out", tmp_path / "new.json", "--json", tmp_path / "new.json") == 2
+    assert "two results would be written to" in capsys.readouterr().err
+    assert [path.read_bytes() for path in inputs] == before
+    assert not (tmp_path / "new.json").exists()
+
+
 def test_mistakes_are_told_with_their_remedy(
     visdrone: Path, sodad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,6 +223,10 @@ def test_mistakes_are_told_with_their_remedy(
     alone = tmp_path / "alone.json"
     alone.write_text((sodad / "annotations" / "test.json").read_text())
     raw = make_visdrone(tmp_path / "raw")
+    raw_persons, raw_sodad = make_widerperson(tmp_path / "persons"), make_sodad(tmp_path / "sodad")
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "9_x.txt").touch()
     found = ["--predictions", tmp_path / "found.json"]
     for words, message in [
         (["--ground-truth", truth, "--protocol", "visdron"], "there is no protocol 'visdron'; did you mean 'visdrone'"),
@@ -183,8 +244,72 @@ def test_mistakes_are_told_with_their_remedy(
             "patches belong to the protocol sodad",
         ),
         (["--ground-truth", alone], "alone_originals.json is not there: give the truth of the large images"),
-        (["--ground-truth", raw], "is VisDrone as it is downloaded: run `crossdino prepare visdrone"),
+        (["--ground-truth", raw], "as it is downloaded: run `crossdino prepare visdrone"),
+        (["--ground-truth", truth, "--split", "test"], "--split goes with a data set that has splits"),
+        (["--ground-truth", visdrone, "--predictions", texts], "9_x.txt is of no image of"),
+        (["--ground-truth", visdrone, "--predictions", texts], "annotations/val.json: give the ground truth of the"),
+        (["--ground-truth", raw_persons], "is WiderPerson as it is downloaded: run `crossdino prepare widerperson"),
+        (["--ground-truth", raw_sodad], "is SODA-D as it is downloaded: run `crossdino prepare sodad"),
         (["--ground-truth", truth, "--protocol", "widerperson"], "categor"),
     ]:
-        assert run(*words, *found) == 2, words
+        assert run(*found, *words) == 2, words
         assert message in capsys.readouterr().err
+
+
+def test_each_file_is_read_once_and_messages_still_name_it(
+    visdrone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth, found, broken = visdrone / "annotations" / "val.json", tmp_path / "found.json", tmp_path / "broken.json"
+    found.write_text(json.dumps(shifted(read(truth)["annotations"])))
+    read_files: list[str] = []
+    load = json.load
+
+    def counted(file: Any, **settings: Any) -> Any:
+        read_files.append(Path(file.name).name)
+        return load(file, **settings)
+
+    monkeypatch.setattr(json, "load", counted)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: pytest.fail("read by another way"))
+    for words in ([], ["--protocol", "visdrone-official"], ["--max-detections", 50]):
+        read_files.clear()
+        assert run("--ground-truth", truth, "--predictions", found, *words) == 0
+        assert sorted(read_files) == ["found.json", "val.json"]
+    monkeypatch.undo()
+    for content, message in [
+        ("[{", "broken.json is not JSON"),
+        ('[{"image_id": 1}]', "broken.json: detection number 0"),
+        (json.dumps([shifted(read(truth)["annotations"])[0] | {"image_id": -5}]), f"-5, which is not in {truth}"),
+    ]:
+        broken.write_text(content)
+        assert run("--ground-truth", truth, "--predictions", broken) == 2
+        assert message in capsys.readouterr().err
+    truth = tmp_path / "truth.json"
+    truth.write_text('{"images": [{"id": 1}], "annotations": [{}], "categories": [{"id": 1}]}')
+    assert run("--ground-truth", truth, "--predictions", found, "--protocol", "coco") == 2
+    assert f"{truth}: annotation number 0" in capsys.readouterr().err
+
+
+def test_data_without_images_measure_files_of_detections(tmp_path: Path) -> None:
+    raw = make_visdrone(tmp_path / "raw")
+    folder = prepare_benchmark("visdrone", raw, tmp_path / "prepared", images="none").output
+    truth = folder / "annotations" / "val.json"
+    (tmp_path / "found.json").write_text(json.dumps(shifted(read(truth)["annotations"])))
+    words = ["--ground-truth", folder, "--predictions", tmp_path / "found.json", "--json", tmp_path / "numbers.json"]
+    assert run(*words, "--split", "val") == 0
+    expected = evaluate_protocol("visdrone", truth, tmp_path / "found.json").to_dict()["metrics"]
+    assert read(tmp_path / "numbers.json")["metrics"] == expected
+
+
+def test_compare_takes_patches_for_images_unless_the_protocol_merges_them(
+    sodad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patches = read(sodad / "annotations" / "test.json")
+    (tmp_path / "found.json").write_text(json.dumps(shifted(patches["annotations"])))
+    words = ["compare", "--ground-truth", sodad, "--split", "test", "--predictions", tmp_path / "found.json"]
+    words += ["--resamples", 100, "--workers", 1, "--json", tmp_path / "numbers.json"]
+    for own, kind in ([], "originals"), (["--protocol", "coco"], "patches"):
+        assert main([*map(str, words), *own]) == 0, capsys.readouterr().err
+        of = patches if kind == "patches" else read(sodad / "annotations" / "test_originals.json")
+        assert f"{len(of['images'])} images, " in capsys.readouterr().out
+    assert main([*map(str, words[:2]), str(sodad / "annotations" / "test.json"), *map(str, words[3:])]) == 2
+    assert "--split goes with a data set that has splits" in capsys.readouterr().err

@@ -86,6 +86,7 @@ def test_of_an_evaluation(tmp_path, monkeypatch):
         "benchmark": "visdrone",
         "predictions": None,
         "weights": str(best),
+        "name": "visdrone_dino_r50",
         "recipe": "visdrone_dino_r50",
         "epochs": 12,
         "training_git": "a" * 40,
@@ -100,8 +101,18 @@ def test_of_an_evaluation(tmp_path, monkeypatch):
 
 def test_weights_that_are_no_folder_have_no_training():
     made = provenance(weights="somebody/some-model")
-    assert (made["recipe"], made["epochs"], made["training_git"]) == (None, None, None)
+    assert (made["name"], made["recipe"], made["epochs"], made["training_git"]) == (None, None, None, None)
     assert made["weights"] == "somebody/some-model"
+
+
+def test_a_renamed_training_keeps_its_recipe(tmp_path):
+    best = tmp_path / "run" / "best"
+    best.mkdir(parents=True)
+    write_yaml(dataclasses.replace(RECIPES["aitod_dino_r50"](), name="second try"), best / "config.yaml")
+    record_training(tmp_path / "run", resumed=False, recipe="aitod_dino_r50")
+    record_training(tmp_path / "run", resumed=True)
+    made = provenance(weights=best)
+    assert (made["name"], made["recipe"]) == ("second try", "aitod_dino_r50")
 
 
 def test_a_training_keeps_its_first_revision(tmp_path, monkeypatch):
@@ -126,11 +137,11 @@ def test_a_training_keeps_its_first_revision(tmp_path, monkeypatch):
 def test_train_writes_it(tiny_config):
     config = dataclasses.replace(tiny_config, training=dataclasses.replace(tiny_config.training, epochs=1))
     output = Path(config.training.output)
-    train(config)
+    train(config, recipe="compact")
     first = training_provenance(output)
     assert first is not None
     assert (first["git"], first["git_dirty"]) == git_revision()
-    assert first["resumed"] == []
+    assert (first["recipe"], first["resumed"]) == ("compact", [])
     longer = dataclasses.replace(config, training=dataclasses.replace(config.training, epochs=2))
     train(longer, resume=True)
     again = training_provenance(output)

@@ -10,6 +10,7 @@ import torch
 
 from crossdino.benchmarks import BENCHMARKS
 from crossdino.complexity import measure
+from crossdino.config import to_dict
 from crossdino.errors import InputError
 from crossdino.models.detector import CrossDINO
 from crossdino.paper import PAPER, paper_rows, recipe_benchmark
@@ -136,7 +137,7 @@ INPUTS = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_inputs_and_caps_are_those_of_the_literature(name):
-    benchmark = BENCHMARKS[recipe_benchmark(name)]
+    benchmark = BENCHMARKS[recipe_benchmark(name) or ""]
     (shortest, longest, limit), test_sides, num_select, cap, bounds = INPUTS[benchmark.name]
     config = recipe(name)
     data, evaluation = config.data, config.evaluation
@@ -157,9 +158,43 @@ def test_inputs_and_caps_are_those_of_the_literature(name):
     assert [kind for kind in config.model.class_names if not kind.startswith("unused")][-len(names) :] == names
 
 
+# docs/model.md and Section IV-A b: what is DINO's in all of them.
+OF_DINO = {
+    "model.num_feature_levels": 4, "model.first_stride": 8, "model.hidden_dim": 256, "model.num_heads": 8,
+    "model.num_points": 4, "model.num_encoder_layers": 6, "model.num_decoder_layers": 6, "model.feedforward_dim": 2048,
+    "model.label_noise_ratio": 0.5, "model.box_noise_scale": 1.0, "model.backbone_weights": None,
+    "loss.class_weight": 1.0, "loss.l1_weight": 5.0, "loss.giou_weight": 2.0,
+    "loss.class_cost": 2.0, "loss.l1_cost": 5.0, "loss.giou_cost": 2.0,
+    "data.horizontal_flip": 0.5, "data.vertical_flip": 0.0, "data.quarter_turns": False, "data.color_jitter": 0.0,
+    "data.mosaic": 0.0, "data.copy_paste": 0.0, "data.balance": 0.0, "data.ignore_categories": [],
+    "training.clip_norm": 0.1, "training.schedule": "step", "training.drop_factor": 0.1, "training.warmup_steps": 0,
+    "training.ema_decay": 0.0, "training.gradient_accumulation": 1, "training.patience": 0, "training.max_minutes": 0.0,
+    "training.precision": "fp32",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_all_else_is_dinos(name):
+    settings = {
+        f"{part}.{key}": value
+        for part, values in to_dict(recipe(name)).items()
+        if part != "name"
+        for key, value in values.items()
+    }
+    assert {key: settings[key] for key in OF_DINO} == OF_DINO
+    benchmark = recipe_benchmark(name)
+    # Where the evaluated split is the test split, or very large, it is looked at once.
+    assert settings["training.evaluate_every"] == (12 if benchmark in ("aitod", "sodad") else 1)
+    assert settings["training.best_metric"] == ("ap50" if benchmark == "widerperson" else "ap")
+    if benchmark == "coco":
+        assert settings["data.train_short_sides"] == list(range(480, 801, 32))
+        assert (settings["data.crop_short_sides"], settings["data.crop_range"]) == ([400, 500, 600], [384, 600])
+    assert max(settings["training.drop_epochs"]) < settings["training.epochs"]
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_docstrings_hold_the_numbers_of_the_paper(name):
-    text = " ".join(inspect.getdoc(RECIPES[name]).split())
+    text = " ".join((inspect.getdoc(RECIPES[name]) or "").split())
     main = paper_rows(name)[0]
     digits = 2 if main.benchmark == "widerperson" else 1
     wanted = {name: f"{value:.{digits}f}" for name, value in main.metrics.items()}

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from crossdino import training
-from crossdino.cli import main
+from crossdino.cli import main, models
 from crossdino.config import Config
 from crossdino.paper import PAPER, recipe_benchmark
 from crossdino.recipes import RECIPES
@@ -39,6 +40,22 @@ def test_what_tables_contradict_stands_in_brackets(capsys: pytest.CaptureFixture
     (line,) = [line for line in lines if line.split()[:1] == ["cross_dino_r50"]]
     assert line.split()[-4:] == ["50.1", "(50.0)", "33.1", "(32.6)"]
     assert sum("(" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(("width", "left_out"), [(80, 5), (100, 2), (120, 1), (140, 0)])
+def test_names_and_numbers_are_whole_on_a_narrow_terminal(
+    width: int, left_out: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "make_console", lambda: Console(width=width, highlight=False))
+    assert run("recipes") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
+    for name in RECIPES:
+        (line,) = [line for line in lines if line.split()[:1] == [name]]
+        for row in (row for row in PAPER if row.recipe == name):
+            assert f"{row.metrics['AP']:.{2 if 'mMR' in row.metrics else 1}f}" in line
+    told = [line.partition(":")[2].split(",") for line in lines if line.startswith("not shown in ")]
+    assert max(map(len, told), default=0) == left_out
 
 
 def test_every_recipe_is_listed_under_its_data_set(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from crossdino.cli import main
 from crossdino.complexity import measure
@@ -19,7 +20,7 @@ from crossdino.errors import InputError
 from crossdino.paper import paper_rows
 from crossdino.recipes import RECIPES
 from crossdino.report import VALIDATION, chosen_metrics, costs, read_run
-from crossdino.report_tables import latex, lay_out, markdown, tidy_csv
+from crossdino.report_tables import latex, lay_out, markdown, terminal_tables, tidy_csv
 
 AITOD = {"AP": 0.2345, "AP50": 0.5789, "AP75": 0.15, "AP_vt": 0.1, "AP_t": 0.2, "AP_s": 0.3, "AP_m": None,
          "AR@100": 0.4, "oLRP": 0.8}  # fmt: skip
@@ -123,6 +124,60 @@ def test_other_epochs_and_contradicting_tables_are_footnotes(tmp_path):
     assert "trained 3 epochs, the paper 12" in run.notes
     # Table VI: 50.0 and 32.6 for what Table I gives 50.1 and 33.1
     assert any("Table VI" in note and "AP 50" in note and "AP_S 32.6" in note for note in run.notes)
+
+
+def test_a_renamed_run_stays_beside_its_row_of_the_paper(tmp_path):
+    (run,) = read_run(evaluation(tmp_path / "a.json", name="second try"))
+    assert (run.name, run.recipe, run.backbone) == ("second try", "aitod_dino_r50", "ResNet50")
+    assert run.difference("AP") == pytest.approx(23.45 - 23.1)
+    renamed = dataclasses.replace(RECIPES["aitod_dino_r50"](), name="second try")
+    folder = training(tmp_path / "run", renamed)
+    assert read_run(folder)[0].paper is None  # nothing tells
+    (folder / "provenance.json").write_text(json.dumps({"git": "fedcba9", "recipe": "aitod_dino_r50"}))
+    (own,) = read_run(folder)
+    assert (own.name, own.recipe) == ("second try", "aitod_dino_r50")
+    assert own.paper == paper_rows("aitod_dino_r50")[0] and own.config == renamed
+    # Its evaluation has the training's own settings, not the recipe's.
+    evaluation(folder / "test.json", name="second try")
+    write_yaml(with_changes(renamed, {"loss.alpha": 0.5}), folder / "config.yaml")
+    (measured,) = read_run(folder)
+    assert any("loss.alpha 0.5 (0.25)" in note for note in measured.notes)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140, 240])
+def test_every_name_and_number_stands_on_a_narrow_terminal(tmp_path, width):
+    recipe = "visdrone_cross_dino_clap_strip_t_focal"
+    runs = [
+        *read_run(evaluation(tmp_path / "a.json", AITOD, protocol="visdrone", recipe=recipe)),
+        *read_run(evaluation(tmp_path / "b.json", AITOD, protocol="visdrone", recipe="visdrone_dino_r50")),
+    ]
+    layout = lay_out(runs, [*AITOD], {run.source: (47.5, 1234.0) for run in runs})
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(*terminal_tables(layout, width), sep="\n")
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    # Names may be folded, but not away; no number and no header is.
+    columns = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
+    assert recipe in "".join(columns)
+    for cell in ("23.4", "57.9", "33.8", "1234", "47.5", *AITOD, "GFLOPs", "Params (M)", "Epochs"):
+        assert re.search(rf"(?<![\w.]){re.escape(cell)}(?![\w.])", text), cell
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path, capsys):
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    files = [evaluation(tmp_path / place) for place in ("first/test.json", "second/test.json")]
+    other = evaluation(tmp_path / "other.json", recipe="aitod_cross_dino_r50")
+    runs = [run for path in (*files, other) for run in read_run(path)]
+    assert [rows[0][0].text for rows in lay_out(runs, ["AP"], {}).groups] == [
+        "aitod_dino_r50 (first/test)",
+        "aitod_dino_r50 (second/test)",
+        "aitod_cross_dino_r50",
+    ]
+    # The same file twice is one run.
+    assert main(["report", str(other), str(other), str(tmp_path / "first" / ".." / "other.json"), "--no-costs"]) == 0
+    assert capsys.readouterr().out.count("│ aitod_cross_dino_r50") == 2  # in the two parts of the table
 
 
 def test_a_recipe_of_ours_has_no_paper(tmp_path):

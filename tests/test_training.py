@@ -149,6 +149,7 @@ def test_training_learns_and_keeps_the_best(tiny_config: Config) -> None:
         "log.jsonl",
         "metrics.csv",
         "curves.png",
+        "provenance.json",
         "tensorboard",
     }
 
@@ -224,8 +225,8 @@ def test_a_loss_that_is_not_finite_names_the_images_and_breaks_nothing(
     with pytest.raises(InputError, match=rf"{what} is nan at step 3 .*its images: {names};.*failure.pt"):
         train(config, resume=True)
     after = {path: path.read_bytes() for path in before}
-    # The resumed training's configuration differs in `epochs`.
-    assert [path.name for path in before if before[path] != after[path]] == ["config.yaml"]
+    # The resumed training's configuration differs in `epochs`, and the code that goes on is noted.
+    assert {path.name for path in before if before[path] != after[path]} == {"config.yaml", "provenance.json"}
 
     # The file computes the same step again, here without what broke it.
     monkeypatch.undo()

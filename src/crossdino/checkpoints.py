@@ -36,6 +36,7 @@ from torch import Tensor
 from crossdino.config import InferenceConfig, ModelConfig, from_dict, to_dict
 from crossdino.errors import InputError
 from crossdino.model_card import model_card
+from crossdino.writing import written_whole
 
 if TYPE_CHECKING:
     from crossdino.evaluation.calibration import Calibration
@@ -411,17 +412,6 @@ def unfitting_keys(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) ->
         if name in given and given[name].shape != wanted[name].shape
     ]
     return misfits
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name when the block ends well and vanishes when it does not."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from crossdino.checkpoints import written_whole
 from crossdino.config import Config, DataConfig
 from crossdino.data.coco import load_coco
 from crossdino.data.duplicates import NEAR_DISTANCE, Duplicates
@@ -24,6 +23,7 @@ from crossdino.planner import propose
 from crossdino.progress import duration
 from crossdino.proposal import Proposal
 from crossdino.visualization.inspection import draw_inspection
+from crossdino.writing import written_whole
 
 PICTURE_FILE = "inspect.png"
 PROPOSAL_FILE = "proposal.yaml"

@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from crossdino.checkpoints import written_whole
 from crossdino.step_timer import StepTimer, peak_memory_mb
 from crossdino.tracking import Trackers
+from crossdino.writing import written_whole
 
 LOSS_PARTS = ("class", "l1", "giou", "encoder", "denoising")
 _LINE_SECONDS = 10.0

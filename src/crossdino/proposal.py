@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crossdino.checkpoints import written_whole
 from crossdino.config import Config, option_names, to_dict
 from crossdino.memory_plan import MemoryPlan
+from crossdino.writing import written_whole
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def provenance(
         split: its official name, such as `test-dev`.
         benchmark: of `crossdino.benchmarks`.
         predictions: the file of detections.
-        weights: the model that made them: a folder or a hub id. The name of its recipe, its epochs and the code that
+        weights: the model that made them: a folder or a hub id. Its name, its recipe, its epochs and the code that
             trained it are read from the folder, or from the training that it lies in.
         model: the same, loaded, for the size of its input.
         look: how it looked at the images.
@@ -105,14 +105,15 @@ def git_revision() -> tuple[str | None, bool | None]:
     return revision, None if changes is None else changes != ""
 
 
-def record_training(folder: Path, *, resumed: bool) -> None:
-    """Write into a training's folder which code trains it.
+def record_training(folder: Path, *, resumed: bool, recipe: str | None = None) -> None:
+    """Write into a training's folder which code trains it, and after which recipe, whatever the training is called.
 
     The file keeps what the training began with; every continuation is noted in its list `resumed`.
     """
     path = folder / PROVENANCE_FILE
     before = _read(path) if resumed else None
-    content = {**code(), "resumed": []} if before is None else {**before, "resumed": [*before["resumed"], code()]}
+    begun = {**code(), "recipe": recipe, "resumed": []}
+    content = begun if before is None else {**before, "resumed": [*before["resumed"], code()]}
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
@@ -124,8 +125,8 @@ def training_provenance(folder: Path) -> dict[str, Any] | None:
 
 
 def _of_training(weights: str | Path | None) -> dict[str, Any]:
-    """Recipe, epochs and revision of the training of a model folder."""
-    unknown: dict[str, Any] = {"recipe": None, "epochs": None, "training_git": None}
+    """Name, recipe, epochs and revision of the training of a model folder."""
+    unknown: dict[str, Any] = {"name": None, "recipe": None, "epochs": None, "training_git": None}
     if weights is None or not Path(weights).is_dir():
         return unknown
     folder = Path(weights)
@@ -136,7 +137,8 @@ def _of_training(weights: str | Path | None) -> dict[str, Any]:
         return unknown
     training = settings.get("training")
     epochs = training.get("epochs") if isinstance(training, Mapping) else None
-    return {"recipe": settings.get("name"), "epochs": epochs, "training_git": own.get("git")}
+    name = settings.get("name")
+    return {"name": name, "recipe": own.get("recipe") or name, "epochs": epochs, "training_git": own.get("git")}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -43,8 +43,9 @@ class Run:
 
     Attributes:
         source: the file or folder that was named.
-        name: of the model, as its recipe or its file is called.
+        name: of the model, as its training or its file is called.
         metrics: name -> fraction of 1; those that are not defined are left out.
+        recipe: that the model was trained after, whatever the training is called.
         protocol: name of the protocol, `VALIDATION`, or None for bands and caps of one's own.
         benchmark: name of the data set.
         split: its official name.
@@ -65,6 +66,7 @@ class Run:
     source: Path
     name: str
     metrics: dict[str, float]
+    recipe: str | None = None
     protocol: str | None = None
     benchmark: str | None = None
     split: str | None = None
@@ -168,9 +170,12 @@ def _of_evaluation(path: Path, content: Mapping[str, Any], config: Config | None
         numbers = {"AP": content["ap"], "AP50": content["ap50"], "AP75": content["ap75"]}
         numbers |= {f"AP_{name}": band["ap"] for name, band in content["by_size"].items()}
         numbers[f"AR@{settings.get('max_detections')}"] = content.get("ar")
-    name = origin.get("recipe") or (config.name if config is not None else None)
+    recipe = origin.get("recipe")
+    name = origin.get("name") or recipe
+    if not name and config is not None:
+        name, recipe = config.name, (training_provenance(path.parent) or {}).get("recipe") or config.name
     if config is None or config.name != name:  # a file about another model may lie in a training's folder
-        config = RECIPES[name]() if name in RECIPES else None
+        config = RECIPES[recipe]() if recipe in RECIPES else None
     cap = settings.get("max_detections")
     short, long = origin.get("short_side"), origin.get("long_side")
     split = origin.get("split")
@@ -179,6 +184,7 @@ def _of_evaluation(path: Path, content: Mapping[str, Any], config: Config | None
             source=path,
             name=name or path.stem,
             metrics=_defined(numbers),
+            recipe=recipe,
             protocol=content.get("protocol"),
             benchmark=origin.get("benchmark"),
             split=split,
@@ -223,6 +229,7 @@ def _of_training(folder: Path, config: Config) -> Run:
             source=folder,
             name=config.name,
             metrics=_defined(numbers),
+            recipe=trained.get("recipe") or config.name,
             protocol=VALIDATION,
             backbone=_backbone(config),
             epochs=best["epoch"],
@@ -243,12 +250,13 @@ def _of_training(folder: Path, config: Config) -> Run:
 
 def _beside_the_paper(run: Run) -> Run:
     """The run with the paper's row of its recipe, and with what stands in the way of comparing them."""
-    rows = paper_rows(run.name)
+    rows = paper_rows(run.recipe or run.name)
     notes = list(run.notes)
-    if rows and run.config is not None:
-        notes += _changes(run.config, RECIPES[run.name]())
     if not rows:
         return _replaced(run, notes=tuple(notes))
+    recipe = RECIPES[rows[0].recipe]()
+    if run.config is not None:
+        notes += _changes(run.config, recipe)
     paper = rows[0]
     benchmark = BENCHMARKS[paper.benchmark]
     hindrances: list[str] = []
@@ -270,7 +278,7 @@ def _beside_the_paper(run: Run) -> Run:
         elif run.split != benchmark.paper_split:
             hindrances.append(f"measured on split {run.split}, the paper says {benchmark.paper_split}")
     if run.config is not None and run.input_px is not None:
-        wanted = RECIPES[run.name]().data
+        wanted = recipe.data
         if run.input_px != (wanted.test_short_side, wanted.test_long_side):
             hindrances.append(
                 f"input {run.input_px[0]} x {run.input_px[1]} px, the recipe's is {wanted.test_short_side} x "

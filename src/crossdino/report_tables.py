@@ -17,6 +17,9 @@ from crossdino.report import Run
 if TYPE_CHECKING:
     from rich.table import Table
 
+# Characters that names and other texts may be folded to.
+_NARROW = 20
+
 Costs = Mapping[Path, tuple[float, float]]
 
 _LATEX = {
@@ -74,6 +77,7 @@ def lay_out(runs: Sequence[Run], metrics: Sequence[str], costs: Costs) -> Layout
     headers = ("Model", "Backbone", "Epochs", *metrics, "Params (M)", "GFLOPs")
     headers += ("Protocol", "Split", "Input", "Select / caps", "Revision")
     groups = []
+    names = _names(runs)
     for position, run in enumerate(runs):
         marks = []
         for note in run.notes:
@@ -83,7 +87,7 @@ def lay_out(runs: Sequence[Run], metrics: Sequence[str], costs: Costs) -> Layout
         cost = costs.get(run.source)
         rows: list[tuple[Cell, ...]] = [
             (
-                Cell(run.name, marks=tuple(marks)),
+                Cell(names[position], marks=tuple(marks)),
                 Cell(run.backbone or "-"),
                 _number(run.epochs, "g"),
                 *(
@@ -139,29 +143,74 @@ def lay_out(runs: Sequence[Run], metrics: Sequence[str], costs: Costs) -> Layout
     )
 
 
-def terminal_tables(layout: Layout) -> tuple[Table, Table]:
-    """The report for the terminal in two parts, the numbers and how they were measured; footnotes are to go below."""
+def terminal_tables(layout: Layout, width: int) -> list[Table]:
+    """The report for the terminal: the numbers, then how they were measured; footnotes are to go below.
+
+    Where the terminal is narrow, the numbers lose what is not measured to the second part, and then are divided.
+
+    Args:
+        layout: of the report.
+        width: characters in a line.
+    """
+    begin = layout.headers.index("Protocol")
+    numbers, conditions = list(range(begin)), [0, *range(begin, len(layout.headers))]
+    for header in ("GFLOPs", "Params (M)", "Backbone", "Epochs"):
+        if header in layout.headers and _width(layout, numbers) > width:
+            column = layout.headers.index(header)
+            numbers.remove(column)
+            conditions.insert(1, column)
+    return [
+        _table(layout, part, of_numbers=columns is numbers)
+        for columns in (numbers, conditions)
+        for part in _divided(layout, columns, width)
+    ]
+
+
+def _divided(layout: Layout, columns: Sequence[int], width: int) -> list[list[int]]:
+    """The columns in as many parts as fit into a line; each begins with the names."""
+    parts = [[0]]
+    for column in columns[1:]:
+        if len(parts[-1]) > 1 and _width(layout, [*parts[-1], column]) > width:
+            parts.append([0])
+        parts[-1].append(column)
+    return parts
+
+
+def _width(layout: Layout, columns: Sequence[int]) -> int:
+    """Characters that a table of these columns needs in a line."""
+    return 1 + sum(3 + _least_width(layout, column) for column in columns)
+
+
+def _least_width(layout: Layout, column: int) -> int:
+    """Characters of a column; texts can be folded."""
+    width = max(len(text) for text in (layout.headers[column], *(row[column].text for row in _rows(layout))))
+    return width if _is_number_column(layout, column) else min(width, _NARROW)
+
+
+def _table(layout: Layout, columns: Sequence[int], *, of_numbers: bool) -> Table:
+    """Some columns of all rows; the differences and the footnotes' marks belong to the numbers."""
     from rich.markup import escape
     from rich.table import Table
 
-    begin = layout.headers.index("Protocol")
-    tables = []
-    for columns in (range(begin), (0, *range(begin, len(layout.headers)))):
-        table = Table()
-        for column in columns:
-            justify = "right" if _is_number_column(layout, column) else "left"
-            table.add_column(layout.headers[column], justify=justify, overflow="fold", no_wrap=justify == "right")
-        of_numbers = not tables
-        for rows in layout.groups:
-            shown = rows if of_numbers else rows[:2]
-            for place, row in enumerate(shown):
-                cells = []
-                for cell in (row[column] for column in columns):
-                    text = escape(cell.text + "".join(f" [{mark}]" for mark in cell.marks if of_numbers))
-                    cells.append(f"[bold]{text}[/]" if cell.bold else text)
-                table.add_row(*cells, style="dim" if place == 1 else None, end_section=place == len(shown) - 1)
-        tables.append(table)
-    return tables[0], tables[1]
+    table = Table()
+    for column in columns:
+        right = _is_number_column(layout, column)
+        table.add_column(
+            layout.headers[column],
+            justify="right" if right else "left",
+            overflow="fold",
+            no_wrap=right,
+            min_width=_least_width(layout, column),
+        )
+    for rows in layout.groups:
+        shown = rows if of_numbers else rows[:2]
+        for place, row in enumerate(shown):
+            cells = []
+            for cell in (row[column] for column in columns):
+                text = escape(cell.text + "".join(f" [{mark}]" for mark in cell.marks if of_numbers))
+                cells.append(f"[bold]{text}[/]" if cell.bold else text)
+            table.add_row(*cells, style="dim" if place == 1 else None, end_section=place == len(shown) - 1)
+    return table
 
 
 def markdown(layout: Layout) -> str:
@@ -204,8 +253,17 @@ def latex(layout: Layout) -> str:
 
 def tidy_csv(runs: Sequence[Run], metrics: Sequence[str], costs: Costs) -> str:
     """A row for each run and metric, in per cent with full precision; what is not known is empty."""
-    headers = ["run", "model", "backbone", "epochs", "metric", "ours", "paper", "difference", "paper_table", "protocol"]
-    headers += ["benchmark", "split", "short_side", "long_side", "tile_size", "num_select", "max_detections"]
+    headers = ["run", "model", "recipe", "backbone", "epochs", "metric", "ours", "paper", "difference", "paper_table"]
+    headers += [
+        "protocol",
+        "benchmark",
+        "split",
+        "short_side",
+        "long_side",
+        "tile_size",
+        "num_select",
+        "max_detections",
+    ]
     headers += ["revision", "training_revision", "parameters_millions", "gflops", "notes"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -218,7 +276,7 @@ def tidy_csv(runs: Sequence[Run], metrics: Sequence[str], costs: Costs) -> str:
                 continue
             writer.writerow(
                 [
-                    *(run.source, run.name, run.backbone, run.epochs, metric),
+                    *(run.source, run.name, run.recipe, run.backbone, run.epochs, metric),
                     100 * run.metrics[metric] if metric in run.metrics else None,
                     of_paper,
                     run.difference(metric),
@@ -249,6 +307,18 @@ def _best(runs: Sequence[Run], metrics: Sequence[str]) -> set[tuple[int, str]]:
                 top = min(values) if lower else max(values)
                 best |= {(at, metric) for at, value in zip(positions, values, strict=True) if value == top}
     return best
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """What the runs are called: those of one name are told apart by their files."""
+    ways = (lambda path: path.stem, lambda path: f"{path.parent.name}/{path.stem}", str)
+    names = [run.name for run in runs]
+    for position, run in enumerate(runs):
+        alike = [other.source for other in runs if other.name == run.name]
+        if len(alike) > 1:
+            shown = next((way for way in ways if len({way(path) for path in alike}) == len(alike)), str)
+            names[position] = f"{run.name} ({shown(run.source)})"
+    return names
 
 
 def _digits(run: Run) -> int:
@@ -289,8 +359,12 @@ def _revision(run: Run) -> str:
     return run.revision or "-"
 
 
+def _rows(layout: Layout) -> list[tuple[Cell, ...]]:
+    return [row for rows in layout.groups for row in rows]
+
+
 def _is_number_column(layout: Layout, column: int) -> bool:
-    return any(row[column].number for rows in layout.groups for row in rows)
+    return any(row[column].number for row in _rows(layout))
 
 
 def _escaped_markdown(text: str) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from crossdino.checkpoints import recover_folder, replaced_folder, save_model, written_whole
+from crossdino.checkpoints import recover_folder, replaced_folder, save_model
 from crossdino.config import Config, from_dict, read_yaml, to_dict, write_yaml
 from crossdino.data.index import DatasetIndex
 from crossdino.errors import InputError
@@ -27,6 +27,7 @@ from crossdino.model_card import model_card, size_histogram
 from crossdino.models.detector import CrossDINO
 from crossdino.provenance import PROVENANCE_FILE
 from crossdino.tracking import RUNS_FILE
+from crossdino.writing import written_whole
 
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "log.jsonl"

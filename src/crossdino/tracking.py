@@ -21,8 +21,8 @@ import yaml
 from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
-from crossdino.checkpoints import written_whole
 from crossdino.errors import InputError
+from crossdino.writing import written_whole
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 # Which runs a training writes to, so that a resumed one finds them again.

@@ -20,12 +20,15 @@ import torch
 
 from crossdino.checkpoints import load_model, save_model
 from crossdino.config import Config, with_changes
-from crossdino.data import load_coco
+from crossdino.data import load_coco, load_dataset
 from crossdino.data.dataset import DetectionDataset
+from crossdino.evaluation import evaluate_protocol
 from crossdino.models.detector import CrossDINO
+from crossdino.preparation import prepare_benchmark
 from crossdino.training import detect_dataset, train
 from crossdino.training import loop as training_loop
 from tests.conftest import draw_data
+from tests.raw_datasets import make_visdrone
 
 ROOT = Path(__file__).parents[2]
 
@@ -146,3 +149,52 @@ def test_batches_without_objects_train(tiny_config: Config, tmp_path: Path) -> N
     result = train(with_changes(tiny_config, changes))
     assert result.steps == 2
     assert all(value.isfinite().all() for value in load_model(result.weights).parameters())
+
+
+# --- evaluation stops at 100 detections, so that perfect boxes score less than 1 (cocoapi#222, detectron2#3359) ---
+
+
+@pytest.mark.parametrize(("protocol", "recall"), [("coco", 100 / 250), ("aitod", 1.0), ("visdrone", 1.0)])
+def test_perfect_boxes_of_a_crowded_image(protocol: str, recall: float) -> None:
+    boxes = [[12.0 * (number % 25), 12.0 * (number // 25), 10.0, 10.0] for number in range(250)]
+    truth = {
+        "images": [{"id": 1, "width": 300, "height": 120}],
+        "annotations": [{"id": n, "image_id": 1, "category_id": 1, "bbox": box} for n, box in enumerate(boxes, 1)],
+        "categories": [{"id": 1, "name": "car"}],
+    }
+    found = [{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.5} for box in boxes]
+    result = evaluate_protocol(protocol, truth, found)
+    largest = max(result.settings["max_detections"])
+    assert result.metrics[f"AR@{largest}"] == pytest.approx(recall)
+    assert (result.metrics["AP"] == pytest.approx(1)) == (recall == 1)
+    # COCO's number is COCO's, but nobody has to guess why.
+    assert any("more than 100 objects" in note for note in result.notes) == (recall < 1)
+
+
+# --- regions to ignore, from the raw data to the numbers (detectron2#1909, #2639, SpotNet#8) ---
+
+
+def test_ignored_regions_of_visdrone_are_neither_background_nor_false(tmp_path: Path, tiny_config: Config) -> None:
+    source = make_visdrone(tmp_path / "raw", images={"val": 2})
+    scores, regions = {}, {}
+    for ignored in ("crowd", "drop"):
+        folder = tmp_path / ignored
+        prepare_benchmark("visdrone", source, folder, options={"ignored": ignored})
+        path = folder / "annotations" / "val.json"
+        truth = json.loads(path.read_text())
+        found = [
+            {"image_id": item["image_id"], "category_id": item["category_id"], "bbox": item["bbox"], "score": 0.5}
+            for item in truth["annotations"]
+            if not item["iscrowd"]
+        ]
+        # The boxes of ignored regions, others and score 0, more certain than anything else.
+        found += [
+            {"image_id": item["image_id"], "category_id": 4, "bbox": item["bbox"], "score": 0.9}
+            for item in truth["visdrone_ignored"]
+        ]
+        scores[ignored] = evaluate_protocol("visdrone", path, found).by_class["car"]["AP"]
+        index = load_dataset(folder, "val")
+        dataset = DetectionDataset(index, tiny_config.data, (0, 0, 0), (1, 1, 1), train=False, seed=0)
+        regions[ignored] = sum(len(dataset[place][1].ignored_labels) for place in range(len(dataset)))
+    assert scores["crowd"] == pytest.approx(1) and scores["drop"] < 0.5
+    assert regions["crowd"] > 0 and regions["drop"] == 0

@@ -7,6 +7,9 @@ import pytest
 import crossdino
 from crossdino.models import backbones
 
+WORKING = ("num_processes", "on_progress")
+MEASURED = ("ground_truth", "predictions", "names", "protocol", "patches", "max_detections", "size_bands")
+
 
 @pytest.mark.parametrize("name", crossdino.__all__)
 def test_public_names_exist_and_are_documented(name):
@@ -20,7 +23,10 @@ def test_public_names_exist_and_are_documented(name):
         (crossdino.CrossDINO.from_pretrained, ["source", "device"]),
         (crossdino.CrossDINO.from_dino, ["path", "options"]),
         (crossdino.Predictor.__call__, ["self", "image"]),
-        (crossdino.train, ["config", "resume", "overwrite", "init_weights"]),
+        (crossdino.train, ["config", "resume", "overwrite", "init_weights", "recipe"]),
+        (crossdino.prepare_benchmark, [*("name", "source", "output"), *("options", "splits", "images"), *WORKING]),
+        (crossdino.compare_detections, [*MEASURED, *("num_resamples", "confidence", "seed"), *WORKING]),
+        (crossdino.evaluate_protocol, ["name", "ground_truth", "predictions", "patches"]),
         (backbones.StripMLPClassifier.from_official, ["path"]),
         (backbones.StripMLPBackbone.from_official, ["path"]),
     ],

@@ -108,8 +108,8 @@ def run_calibrate(options: argparse.Namespace) -> int:
         write_text(Path(options.json), report.to_json() + "\n")
     console.print(report.table())
     if options.output is not None:
-        from crossdino.checkpoints import written_whole
         from crossdino.visualization.calibration import draw_calibration
+        from crossdino.writing import written_whole
 
         Path(options.output).mkdir(parents=True, exist_ok=True)
         with written_whole(Path(options.output) / PICTURE_FILE) as partial:
@@ -208,7 +208,8 @@ def _model_folder(weights: str) -> Path | None:
 
 
 def _copy_model(weights: str, output: Path) -> None:
-    from crossdino.checkpoints import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, find_model, written_whole
+    from crossdino.checkpoints import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, find_model
+    from crossdino.writing import written_whole
 
     place = find_model(weights)
     folder = place if place.is_dir() else place.parent

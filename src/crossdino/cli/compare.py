@@ -8,9 +8,10 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crossdino.cli.measured import find_measured
+from crossdino.cli.measured import chosen_protocol, find_measured, is_one_file, read_detections
 from crossdino.cli.output import check_destinations, make_console, num_cores, write_text
 from crossdino.cli.values import not_negative, positive, share
+from crossdino.config import close_matches
 from crossdino.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,13 +25,14 @@ def add_compare_options(parser: argparse.ArgumentParser) -> None:
     """All options of `crossdino compare`."""
     add = parser.add_argument
     add("--ground-truth", metavar="DATA", required=True, help="COCO annotations, or a data set")
-    add("--split", default="val", help="which split of a data set (val)")
+    add("--split", help="which split of a data set (val)")
     add(
         "--predictions",
-        metavar="JSON",
+        metavar="FILE",
         nargs="+",
         required=True,
-        help="COCO results: two files A B to compare, or one for its intervals",
+        help="detections: two files A B to compare, or one for its intervals; COCO results, or VisDrone's text files "
+        "(folder or zip)",
     )
     add("--names", metavar="NAME", nargs="+", help="what to call the files (their names)")
     add("--protocol", help="coco, aitod, visdrone, sodad or widerperson (that of the data, if `prepare` made it)")
@@ -50,21 +52,24 @@ def run_compare(options: argparse.Namespace) -> int:
     check_destinations(options.json, options.figure)
     _check_files(options)
     from crossdino.evaluation.average_precision import parse_size_bands
-    from crossdino.evaluation.comparison import compare_detections
+    from crossdino.evaluation.comparison import compare_detections, names_of_files
     from crossdino.provenance import provenance
 
     options.images = None
     measured = find_measured(options)
     own = options.max_detections is not None or options.size_bands is not None
-    protocol = options.protocol or (None if own else measured.benchmark)
+    protocol = chosen_protocol(options, measured)
+    if protocol != "sodad" and options.patches is None:
+        measured = measured.as_listed  # only SODA-D's protocol puts patches together
     if options.protocol is not None and own:
         raise InputError("--max-detections and --size-bands are fixed by --protocol: leave them or it out")
     console = make_console()
+    predictions = [read_detections(path, measured, console) for path in options.predictions]
     with _Bar(console) as bar:
         result = compare_detections(
             measured.truth if measured.path is None else measured.path,
-            options.predictions,
-            names=options.names,
+            predictions,
+            names=options.names or names_of_files([Path(path) for path in options.predictions]),
             protocol=protocol,
             patches=measured.patches,
             max_detections=options.max_detections or 100,
@@ -82,8 +87,8 @@ def run_compare(options: argparse.Namespace) -> int:
         content = {**result.to_dict(), "provenance": {**origin, "predictions": list(options.predictions)}}
         write_text(Path(options.json), json.dumps(content, indent=2, allow_nan=False) + "\n")
     if options.figure is not None:
-        from crossdino.checkpoints import written_whole
         from crossdino.visualization.comparison import draw_comparison
+        from crossdino.writing import written_whole
 
         with written_whole(Path(options.figure)) as partial:
             draw_comparison(result, partial)
@@ -103,6 +108,11 @@ def run_compare(options: argparse.Namespace) -> int:
 
 def _check_files(options: argparse.Namespace) -> None:
     """Find mistakes before anything takes time."""
+    from crossdino.evaluation.measures import COMPARABLE
+
+    if options.protocol is not None and options.protocol not in COMPARABLE:
+        hint = close_matches(options.protocol, COMPARABLE) or f"; choose one of {', '.join(COMPARABLE)}"
+        raise InputError(f"protocol {options.protocol!r} cannot be resampled by images{hint}")
     if len(options.predictions) > 2:
         raise InputError(f"--predictions has {len(options.predictions)} files: give one, or two to compare")
     if options.names is not None and len(options.names) != len(options.predictions):
@@ -113,9 +123,12 @@ def _check_files(options: argparse.Namespace) -> None:
         raise InputError(f"--resamples {options.resamples} is too few for an interval: give at least 100, better 1000")
     if options.confidence >= 1:
         raise InputError("--confidence is 1: give a share below 1, such as 0.95")
+    if options.split is not None and Path(options.ground_truth).is_file() and is_one_file(options.ground_truth):
+        raise InputError(f"--split goes with a data set that has splits; {options.ground_truth} is one COCO file")
+    options.split = options.split or "val"
     for path in options.predictions:
-        if not Path(path).is_file():
-            raise InputError(f"--predictions {path} is not there: give a COCO results file")
+        if not Path(path).exists():
+            raise InputError(f"--predictions {path} is not there: give a COCO results file, or a folder of text files")
     paths = [Path(path).resolve() for path in options.predictions]
     if len(set(paths)) < len(paths):
         raise InputError(f"--predictions names {options.predictions[0]} twice: give two different files")
@@ -135,7 +148,7 @@ def comparison_table(result: Comparison) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from crossdino.evaluation.comparison import clear_side
+    from crossdino.evaluation.comparison import clear_side, p_text
     from crossdino.evaluation.measures import LOWER_IS_BETTER
 
     table = Table(title=f"protocol {result.protocol}" if result.protocol else None)
@@ -156,7 +169,7 @@ def comparison_table(result: Comparison) -> Table:
             of_difference = [
                 _percent(difference.value, signed=True),
                 _range(difference, signed=True),
-                "-" if math.isnan(difference.p_value) else f"{difference.p_value:.3f}",
+                "-" if math.isnan(difference.p_value) else p_text(difference.p_value),
                 "-" if math.isnan(difference.share_better) else f"{100 * difference.share_better:.0f} %",
             ]
             cells += [f"[{style}]{cell}[/]" if style else cell for cell in of_difference]

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from crossdino.cli.measured import is_one_file, prepared_split, refuse_replacing
 from crossdino.cli.output import make_console
 from crossdino.errors import InputError
 
@@ -31,16 +32,15 @@ def add_convert_results_options(parser: argparse.ArgumentParser) -> None:
 
 def run_convert_results(options: argparse.Namespace) -> int:
     """Read, write, and tell how much."""
+    from crossdino.evaluation.protocol_result import counted
     from crossdino.exchange import read_results, write_results
     from crossdino.exchange.results import check_format_place
 
     source, output = Path(options.source), Path(options.output)
     check_format_place(output, options.target_format)
-    for path in (source, Path(options.ground_truth)):
-        if output.exists() and path.exists() and output.samefile(path):
-            raise InputError(f"--output {output} would replace {path}: name another place")
-    console = make_console()
     truth = _ground_truth(options)
+    refuse_replacing([output], [source, truth if isinstance(truth, Path) else None])
+    console = make_console()
 
     def say(line: str) -> None:
         console.print(f"note: {line}", soft_wrap=True, markup=False)
@@ -48,18 +48,23 @@ def run_convert_results(options: argparse.Namespace) -> int:
     results = read_results(source, options.source_format, truth, on_note=say)
     write_results(results, output, options.target_format, truth, on_note=say)
     num_images = len({result["image_id"] for result in results})
-    line = f"{output}: {len(results)} detections of {num_images} images, as {options.target_format}"
-    console.print(line, soft_wrap=True, markup=False)
+    found, of_images = counted(len(results), "detection"), counted(num_images, "image")
+    console.print(f"{output}: {found} of {of_images}, as {options.target_format}", soft_wrap=True, markup=False)
     return 0
 
 
 def _ground_truth(options: argparse.Namespace) -> Any:
     """The COCO file, or what a data set says."""
     path = Path(options.ground_truth)
-    if path.is_dir() or path.suffix.lower() in (".yaml", ".yml"):
-        from crossdino.data.formats import load_dataset
+    if not path.exists():
+        raise InputError(f"{path} does not exist: check the path of --ground-truth")
+    if is_one_file(options.ground_truth):
+        if options.split is not None:
+            raise InputError(f"--split goes with a data set that has splits; {path} is one COCO file")
+        return path
+    prepared = prepared_split(path, options.split or "val")
+    if prepared is not None:
+        return prepared[0]
+    from crossdino.data.formats import load_dataset
 
-        return load_dataset(path, options.split or "val", require_images=False).to_coco()
-    if options.split is not None:
-        raise InputError(f"--split goes with a data set that has splits; {path} is one COCO file")
-    return path
+    return load_dataset(path, options.split or "val", require_images=False).to_coco()

@@ -5,11 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crossdino.cli.detecting import chosen_inference, detect_images
-from crossdino.cli.measured import Measured, find_measured, is_one_file
+from crossdino.cli.measured import (
+    Measured,
+    chosen_protocol,
+    find_measured,
+    is_one_file,
+    read_detections,
+    refuse_replacing,
+)
 from crossdino.cli.output import check_destinations, choose_device, make_console, write_json, write_text
 from crossdino.cli.values import TILE_OPTIONS, add_tile_options, positive
 from crossdino.config import close_matches
@@ -41,11 +49,11 @@ def add_evaluate_options(parser: argparse.ArgumentParser, data_help: str) -> Non
 
     add = parser.add_argument
     add("--ground-truth", metavar="DATA", required=True, help=f"COCO annotations, or a data set: {data_help}")
-    add("--split", default="val", help="which split of a data set (val)")
+    add("--split", metavar="NAME", help="which split of a data set (val)")
     add(
         "--predictions",
         metavar="FILE",
-        help="detections: COCO results, or VisDrone's text files (folder or zip)",
+        help="detections: COCO results, or VisDrone's or WiderPerson's text files (folder or zip)",
     )
     add("--weights", metavar="MODEL", help="model folder or hub id to measure")
     add("--images", metavar="DIR", help="the images of COCO annotations (with --weights)")
@@ -57,11 +65,16 @@ def add_evaluate_options(parser: argparse.ArgumentParser, data_help: str) -> Non
     )
     add("--patches", metavar="JSON", help="SODA-D: the patches that the detections are of; they are merged")
     add("--predictions-out", metavar="JSON", help="write the model's detections")
-    add("--json", metavar="JSON", help="write all numbers")
-    add("--max-detections", type=positive, help=f"per image and class ({_COCO_CAP}); a protocol has its own")
+    add("--json", metavar="JSON", help="write all numbers; - for the standard output, and the tables to the other one")
+    add(
+        "--max-detections",
+        metavar="N",
+        type=positive,
+        help=f"per image and class ({_COCO_CAP}); a protocol has its own",
+    )
     add("--size-bands", metavar="NAME=LOW-HIGH,...", help="bands of sqrt(area) in pixels; a protocol has its own")
-    add("--num-select", type=positive, help="detections kept per image (the model's own setting)")
-    add("--batch-size", type=positive, default=1, help="images or tiles per forward pass (1)")
+    add("--num-select", metavar="N", type=positive, help="detections kept per image or tile (the model's own setting)")
+    add("--batch-size", metavar="N", type=positive, default=1, help="images or tiles per forward pass (1)")
     add_tile_options(parser)
     add("--device", help="cpu, cuda, ... (a GPU where there is one)")
 
@@ -69,23 +82,31 @@ def add_evaluate_options(parser: argparse.ArgumentParser, data_help: str) -> Non
 def run_evaluate(options: argparse.Namespace) -> int:
     """Measure, print the table and write what is asked for."""
     _check_options(options)
+    from crossdino.documents import Document, load_document
     from crossdino.evaluation import COCO_SIZE_BANDS, evaluate_detections, evaluate_protocol, parse_size_bands
     from crossdino.evaluation.caps import cap_warnings
     from crossdino.provenance import provenance
 
     bands = parse_size_bands(options.size_bands) if options.size_bands else COCO_SIZE_BANDS
     measured = find_measured(options)
-    protocol = _chosen_protocol(options, measured)
-    console = make_console()
+    inputs = (options.ground_truth, options.predictions, options.patches, measured.path, measured.annotations)
+    to_stdout = options.json == "-"
+    refuse_replacing([None if to_stdout else options.json, options.predictions_out], inputs)
+    protocol = chosen_protocol(options, measured)
+    if protocol != "sodad" and options.patches is None:
+        measured = measured.as_listed  # only SODA-D's protocol puts patches together
+    console = make_console(stderr=to_stdout)
     cap = options.max_detections or _COCO_CAP if protocol is None else _PROTOCOL_CAPS.get(protocol, _NO_CAP)
-    truth: Any = measured.truth if measured.path is None else measured.path  # a path, so that messages name the file
+    # Read once; with its name, so that messages tell which file is wrong.
+    truth: Any = measured.truth if measured.path is None else Document(measured.truth, str(measured.path))
+    patches: Any = None if measured.patches is None else Document(measured.patches, str(measured.annotations))
     look, capped, model = None, [], None
     if options.weights is not None:
         model, mended, detections, look, capped = _detect(options, measured, cap, console)
         truth = mended if protocol is None else truth
     else:
-        detections = _read_detections(options.predictions, measured, console)
-        if protocol is None and not is_one_file(options.ground_truth):
+        detections = read_detections(options.predictions, measured, console)
+        if protocol is None and not is_one_file(options.ground_truth) and measured.official_split is None:
             from crossdino.data.formats import load_dataset
 
             truth = load_dataset(options.ground_truth, options.split, require_images=False).to_coco()
@@ -94,17 +115,20 @@ def run_evaluate(options: argparse.Namespace) -> int:
     if protocol is None:
         result = evaluate_detections(truth, detections, max_detections=cap, size_bands=bands)
     else:
-        result = evaluate_protocol(protocol, truth, detections, patches=measured.patches)
+        result = evaluate_protocol(protocol, truth, detections, patches=patches)
     numbers = result.to_dict()
     if look is not None:
         numbers["settings"] = look.to_dict() | numbers["settings"]  # a protocol's own caps go before
     about = [] if look is None else [str(look)]
     if measured.official_split is not None:
         about.append(f"{measured.benchmark}, split {measured.official_split}")
+    if model is not None and protocol is not None:
+        about.extend(_classes_not_known(measured.truth, model.config.class_names))
     _print(console, result, about)
     # SODA-D's cap counts merged detections of the large images, these are those of patches.
     looked_at, cap = (truth, cap) if measured.patches is None else (measured.patches, _NO_CAP)
-    lines = cap_warnings(cap, look, capped, _content(looked_at), _content(detections))
+    of_truth, given = load_document(looked_at, "the ground truth"), load_document(detections, "the predictions")
+    lines = cap_warnings(cap, look, capped, of_truth, given)
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
     if options.json is not None:
@@ -117,8 +141,11 @@ def run_evaluate(options: argparse.Namespace) -> int:
             model=model,
             look=look,
         )
-        content = {**numbers, "warnings": lines, "provenance": origin}
-        write_text(Path(options.json), json.dumps(content, indent=2, allow_nan=False) + "\n")
+        text = json.dumps({**numbers, "warnings": lines, "provenance": origin}, indent=2, allow_nan=False)
+        if to_stdout:
+            print(text)
+        else:
+            write_text(Path(options.json), f"{text}\n")
     return 0
 
 
@@ -137,11 +164,24 @@ def _print(console: Console, result: AveragePrecisionResult | ProtocolResult, ab
         console.print(table)
 
 
+def _classes_not_known(truth: dict[str, Any], class_names: Sequence[str]) -> list[str]:
+    """A word on the classes of the truth that the model cannot find, and that a protocol asks for all the same."""
+    names = [str(entry.get("name")) for entry in truth["categories"]]
+    missing = [name for name in names if name not in class_names]
+    if not missing:
+        return []
+    some, known = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else ""), len(names) - len(missing)
+    return [f"the model knows {known} of the {len(names)} classes: objects of {some} count as missed"]
+
+
 def _check_options(options: argparse.Namespace) -> None:
     """Refuse what contradicts itself, before anything takes time."""
     if (options.weights is None) == (options.predictions is None):
         raise InputError("give either --predictions (a file of detections) or --weights (a model to run)")
-    check_destinations(options.json, options.predictions_out)
+    if options.split is not None and Path(options.ground_truth).is_file() and is_one_file(options.ground_truth):
+        raise InputError(f"--split goes with a data set that has splits; {options.ground_truth} is one COCO file")
+    options.split = options.split or "val"
+    check_destinations(None if options.json == "-" else options.json, options.predictions_out)
     of_model = ("images", "predictions_out", "num_select", *TILE_OPTIONS)
     given = next((name for name in of_model if getattr(options, name) is not None), None)
     if options.predictions is not None and given is not None:
@@ -156,36 +196,6 @@ def _check_options(options: argparse.Namespace) -> None:
     if options.protocol is not None and own is not None:
         word = own.replace("_", "-")
         raise InputError(f"--{word} and --protocol {options.protocol} exclude each other: a protocol has its own")
-
-
-def _chosen_protocol(options: argparse.Namespace, measured: Measured) -> str | None:
-    """The protocol: the one asked for, or that of the data; None: COCO's AP with bands and a cap as wanted."""
-    if options.protocol is not None:
-        return options.protocol
-    if options.max_detections is not None or options.size_bands is not None:
-        return None
-    if measured.patches is not None:
-        return "sodad"
-    from crossdino.benchmarks import BENCHMARKS
-
-    return BENCHMARKS[measured.benchmark].protocol if measured.benchmark in BENCHMARKS else None
-
-
-def _read_detections(place: str, measured: Measured, console: Console) -> Any:
-    """The detections as COCO results, or the path of a JSON file of these."""
-    if Path(place).suffix.lower() == ".json" or not Path(place).exists():
-        return place
-    from crossdino.exchange import read_results
-
-    def tell(line: str) -> None:
-        console.print(line, soft_wrap=True, markup=False)
-
-    return read_results(place, None, measured.truth, on_note=tell)
-
-
-def _content(source: Any) -> Any:
-    """What a JSON file holds that was read and found good before, or the object itself."""
-    return json.loads(Path(source).read_text(encoding="utf-8-sig")) if isinstance(source, (str, Path)) else source
 
 
 def how_to_look(options: argparse.Namespace, inference: InferenceConfig, cap: int) -> Look:

@@ -13,6 +13,9 @@ from crossdino.cli.output import check_destinations, make_console, write_json
 from crossdino.config import close_matches, to_dict
 from crossdino.errors import InputError
 
+# Columns of `crossdino recipes` that go first where the terminal is narrow.
+_LESS_NEEDED = ("input", "backbone", "fusion", "loss", "beta", "epochs", "table")
+
 
 def run_convert_weights(options: argparse.Namespace) -> int:
     """Write a model folder from an official file, and tell what became of its weights."""
@@ -108,17 +111,26 @@ def run_recipes(options: argparse.Namespace) -> int:
 
 
 def _print_recipes(title: str, rows: list[list[str]]) -> None:
-    """One data set's recipes for the terminal."""
+    """One data set's recipes for the terminal; where that is narrow, without the columns that a name tells anyway."""
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for header in rows[0]:
+    console = make_console()
+    widths = {header: max(len(cells[at]) for cells in rows) for at, header in enumerate(rows[0])}
+    left_out: list[str] = []
+    for header in _LESS_NEEDED:
+        if sum(widths.values()) + 2 * len(widths) + 1 > console.width:  # two spaces between columns, and the edges
+            left_out.append(header)
+            del widths[header]
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for header in widths:
         number = header not in ("recipe", "backbone", "fusion", "loss", "table")
         table.add_column(header, justify="right" if number else "left", no_wrap=header == "recipe")
     for cells in rows[1:]:
-        table.add_row(*cells)
-    make_console().print(table)
+        table.add_row(*(cell for cell, header in zip(cells, rows[0], strict=True) if header in widths))
+    console.print(table)
+    if left_out:
+        console.print(f"not shown in {console.width} columns: {', '.join(left_out)}\n", soft_wrap=True)
 
 
 def _describe(name: str) -> dict[str, Any]:

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def make_console() -> Console:
-    """The terminal, or the file that the output goes to."""
+def make_console(*, stderr: bool = False) -> Console:
+    """The terminal, or the file that the output (or the error output) goes to."""
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, stderr=stderr)
     if not console.is_terminal:
         console.width = max(console.width, 140)  # a file has no edge at which tables would have to be broken
     return console
@@ -41,7 +41,7 @@ def check_destinations(*paths: str | None) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    from crossdino.checkpoints import written_whole
+    from crossdino.writing import written_whole
 
     with written_whole(path) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -41,7 +41,8 @@ def run_report(options: argparse.Namespace) -> int:
         Path(options.output).resolve() == Path(run).resolve() for run in options.runs
     ):
         raise InputError(f"cannot write {options.output}: it is one of the runs; name another file")
-    runs = [run for path in options.runs for run in read_run(path)]
+    # A file that is named twice, or lies in a folder that is named too, is one run.
+    runs = list({run.source.resolve(): run for path in options.runs for run in read_run(path)}.values())
     wanted = [name.strip() for name in options.metrics.split(",")] if options.metrics is not None else None
     metrics = chosen_metrics(runs, wanted)
     counted = {run.source: costs(run) for run in runs} if options.costs else {}
@@ -55,7 +56,7 @@ def run_report(options: argparse.Namespace) -> int:
             from rich.console import Console
 
             console = Console(file=StringIO(), width=240, highlight=False)
-        console.print(*terminal_tables(layout), sep="\n")
+        console.print(*terminal_tables(layout, console.width), sep="\n")
         for number, note in enumerate(layout.footnotes, start=1):
             console.print(f"[{number}] {note}", soft_wrap=True, markup=False)
         if options.output is None:

@@ -24,7 +24,13 @@ def run_train(options: argparse.Namespace, settings: dict[str, str]) -> int:
         _tell_of_random_backbone(options.recipe, config)
     from crossdino.training import train
 
-    train(config, resume=options.resume, overwrite=options.overwrite, init_weights=options.weights)
+    train(
+        config,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        init_weights=options.weights,
+        recipe=options.recipe,
+    )
     return 0
 
 

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from crossdino.checkpoints import written_whole
 from crossdino.errors import InputError
 from crossdino.postprocessing import detections_to_coco
 from crossdino.results.journal import JournalHeader
 from crossdino.results.picture_result import PictureResult
 from crossdino.sources import Source
+from crossdino.writing import written_whole
 
 
 @contextmanager

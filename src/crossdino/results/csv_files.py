@@ -14,10 +14,10 @@ from typing import IO
 
 import numpy as np
 
-from crossdino.checkpoints import written_whole
 from crossdino.results.journal import JournalHeader
 from crossdino.results.picture_result import PictureResult, shortest_decimals
 from crossdino.results.rows import OBJECT_COLUMNS, PICTURE_COLUMNS, object_columns, picture_row, repeated
+from crossdino.writing import written_whole
 
 
 @contextmanager

@@ -10,11 +10,11 @@ import supervision as sv
 from numpy.typing import NDArray
 from PIL import Image
 
-from crossdino.checkpoints import written_whole
 from crossdino.results.picture_result import PictureResult
 from crossdino.sources import DRAWN_MARK, Picture
 from crossdino.tiling import Tile
 from crossdino.visualization import draw_detections
+from crossdino.writing import written_whole
 
 # Larger pictures are made smaller. JPEG itself ends at 65,535 pixels a side.
 _MOST_PIXELS = 50_000_000

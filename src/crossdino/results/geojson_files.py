@@ -13,10 +13,10 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from crossdino.checkpoints import written_whole
 from crossdino.results.journal import JournalHeader
 from crossdino.results.picture_result import PictureResult, shortest_decimals
 from crossdino.results.rows import rings
+from crossdino.writing import written_whole
 
 LABEL_FOLDER = "labels"
 # Features that are turned into text at once.

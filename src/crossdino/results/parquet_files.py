@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from crossdino.checkpoints import written_whole
 from crossdino.errors import InputError
 from crossdino.results.journal import JournalHeader
 from crossdino.results.picture_result import PictureResult
 from crossdino.results.rows import PICTURE_COLUMNS, object_columns, picture_row
+from crossdino.writing import written_whole
 
 if TYPE_CHECKING:
     import pyarrow

@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from crossdino.checkpoints import written_whole
 from crossdino.config import from_dict, to_dict
 from crossdino.errors import InputError
 from crossdino.losses.criterion import Criterion
@@ -23,6 +22,7 @@ from crossdino.run_folder import FAILURE_FILE
 from crossdino.structures import Batch, Target
 from crossdino.training.run import Run
 from crossdino.training.setup import autocast, seed_everything
+from crossdino.writing import written_whole
 
 
 class TrainingInterrupted(KeyboardInterrupt):

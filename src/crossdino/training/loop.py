@@ -116,7 +116,12 @@ class TrainingResult:
 
 
 def train(
-    config: Config, *, resume: bool = False, overwrite: bool = False, init_weights: str | Path | None = None
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    init_weights: str | Path | None = None,
+    recipe: str | None = None,
 ) -> TrainingResult:
     """Train a detector.
 
@@ -126,6 +131,7 @@ def train(
         overwrite: delete the training that is in the output folder first.
         init_weights: a model folder or hub id to start from; classes of the same name and all queries that can be
             kept are kept, and it is printed what begins anew.
+        recipe: name of the recipe that `config` was made from, for `provenance.json`; None: `config.name` may be one.
 
     Returns:
         Where the weights are and how good they became.
@@ -138,7 +144,7 @@ def train(
     accelerator = _accelerator()
     with deterministic(config.training.deterministic), stop_requests() as stop:
         try:
-            return _train(config, accelerator, stop, resume, overwrite, init_weights)
+            return _train(config, accelerator, stop, resume, overwrite, init_weights, recipe)
         except RuntimeError as error:
             raise InputError(lost_process(error, accelerator, config.training.output)) from error
 
@@ -165,6 +171,7 @@ def _train(
     resume: bool,
     overwrite: bool,
     init_weights: str | Path | None,
+    recipe: str | None,
 ) -> TrainingResult:
     settings = config.training
     output = Path(settings.output)
@@ -194,7 +201,7 @@ def _train(
     state = prepare_state(model, settings, accelerator)
     if accelerator.is_main_process:
         prepare_output(output, config, overwrite)
-        record_training(output, resumed=continues)
+        record_training(output, recipe=recipe, resumed=continues)
     accelerator.wait_for_everyone()
     if continues:
         load_last(output, state)

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch.optim.swa_utils import AveragedModel
 
-from crossdino.checkpoints import start_from, written_whole
+from crossdino.checkpoints import start_from
 from crossdino.config import Config, InferenceConfig, TrainingConfig, from_dict, read_yaml
 from crossdino.data import DatasetIndex, Problems, find_splits, load_coco, load_dataset
 from crossdino.data.dataset import DetectionDataset, build_loader
@@ -27,6 +27,7 @@ from crossdino.run_folder import CONFIG_FILE, TrainingState
 from crossdino.tracking import check_trackers
 from crossdino.training.schedule import averaging, epoch_order, parameter_groups
 from crossdino.visualization import draw_batch
+from crossdino.writing import written_whole
 
 
 def check_settings(config: Config) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from crossdino.evaluation.comparison import Comparison, Estimate, clear_side
+from crossdino.evaluation.comparison import Comparison, Estimate, clear_side, p_text
 
 _COLOURS = ("#b3632c", "#1f5fa8")
 _BETTER, _WORSE, _OPEN = "#2e7d4f", "#b03030", "0.55"
@@ -45,7 +45,7 @@ def draw_comparison(comparison: Comparison, output_png: str | Path) -> None:
             p_value = comparison.differences[name].p_value
             if not math.isnan(p_value):
                 axes[1].annotate(
-                    f"p {p_value:.3f}",
+                    f"p {p_text(p_value)}",
                     (1.01, row),
                     xycoords=("axes fraction", "data"),
                     va="center",
