@@ -1,6 +1,7 @@
 """How long `evaluate_protocol` takes from files, and against pycocotools.
 
     python benchmarks/evaluation.py [--images 5000] [--objects 100] [--detections 300] [--share 0.1] [--repeats 3]
+    python benchmarks/evaluation.py --compare 1000    # only `crossdino compare`, with so many resamples
 
 Made-up images full of small objects, and detections that are jittered objects or noise. First everything, end to end:
 reading both JSON files, checking them, matching, accumulating (and oLRP). Then a share of the images, ours and
@@ -33,6 +34,7 @@ from rich.table import Table
 
 from crossdino.benchmarks import BENCHMARKS
 from crossdino.evaluation import evaluate_protocol
+from crossdino.evaluation.comparison import compare_detections
 
 T = TypeVar("T")
 PROTOCOLS = (("coco", 80), ("aitod", 8), ("aitod", 1))
@@ -92,6 +94,20 @@ def theirs(folder: Path, name: str) -> float:
     return float(precision[precision > -1].mean())
 
 
+def compared(folder: Path, num_resamples: int) -> tuple[float, float]:
+    """Time on the clock with two processes, and the peak of memory of the main one in GB."""
+    found = json.loads((folder / "found.json").read_text())
+    rng = np.random.default_rng(1)
+    for one in found:
+        one["bbox"][0] += float(rng.normal(0, 0.3))
+    (folder / "other.json").write_text(json.dumps(found))
+    del found
+    clock = time.perf_counter()
+    files = [folder / "found.json", folder / "other.json"]
+    compare_detections(folder / "truth.json", files, protocol="aitod", num_resamples=num_resamples, num_processes=2)
+    return time.perf_counter() - clock, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
 def in_a_process(work: Callable[..., T], *arguments: object) -> T:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
@@ -117,9 +133,17 @@ def main() -> None:
     parser.add_argument("--detections", type=int, default=300, help="per image")
     parser.add_argument("--share", type=float, default=0.1, help="of the images, for the comparison with pycocotools")
     parser.add_argument("--repeats", type=int, default=3, help="of the comparison")
+    parser.add_argument("--compare", type=int, metavar="RESAMPLES", help="time the comparison of two files instead")
     options = parser.parse_args()
     console = Console(width=120)
     console.print(f"{options.images} images x {options.objects} objects x {options.detections} detections")
+    if options.compare:
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            in_a_process(write_data, folder, options.images, options.objects, options.detections, 8)
+            clock, peak = in_a_process(compared, folder, options.compare)
+        console.print(f"{options.compare} resamples of 2 files, 8 classes, 2 processes: {clock:.0f} s, {peak:.1f} GB")
+        return
     table = Table(
         "protocol", "classes", "all (s)", "on the clock (s)", "peak (GB)", "share: ours (s)", "pycocotools (s)"
     )
