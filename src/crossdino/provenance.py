@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from crossdino.config import InferenceConfig, read_yaml
 from crossdino.errors import InputError
+from crossdino.writing import write_whole
 
 PROVENANCE_FILE = "provenance.json"
 
@@ -114,9 +115,7 @@ def record_training(folder: Path, *, resumed: bool, recipe: str | None = None) -
     before = _read(path) if resumed else None
     begun = {**code(), "recipe": recipe, "resumed": []}
     content = begun if before is None else {**before, "resumed": [*before["resumed"], code()]}
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def training_provenance(folder: Path) -> dict[str, Any] | None:

@@ -258,7 +258,7 @@ def test_ctrl_c_leaves_nobody_computing(monkeypatch):
     # What such a process does once the parent has said so: at most the resamples that it has begun with.
     stop = threading.Event()
     stop.set()
-    monkeypatch.setattr("crossdino.evaluation.bootstrap._asked_to_stop", stop)
+    monkeypatch.setattr("crossdino.parallel._given_up", stop)
     samples = compare_detections(truth, [detections], num_resamples=100).samples
     assert all(np.isnan(values).all() for values in samples.values())
 

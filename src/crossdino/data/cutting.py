@@ -26,8 +26,8 @@ from PIL import Image
 
 from crossdino.data.images import ImageError, read_image
 from crossdino.data.index import DatasetIndex, ImageRecord
-from crossdino.data.parallel import in_processes
 from crossdino.errors import InputError
+from crossdino.parallel import in_processes
 from crossdino.tiling import Tile, tile_grid
 from crossdino.writing import cannot_write, partial_path, write_whole
 

@@ -14,30 +14,20 @@ its copies are told apart.
 from __future__ import annotations
 
 import math
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice, pairwise
-from multiprocessing import get_all_start_methods, get_context
-from multiprocessing.synchronize import Event
-from typing import TypeVar
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from crossdino.errors import InputError
 from crossdino.evaluation.accumulation import hits_for_recalls
 from crossdino.evaluation.match_table import RIGHT, WRONG
+from crossdino.parallel import in_processes, nobody_waits
 
 _RESAMPLES_AT_ONCE = 64
-
-_Key = TypeVar("_Key")
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -112,8 +102,8 @@ def resampled(
     precision = np.full((num_thresholds, drawn.shape[1]), np.nan)
     recall = np.full((len(hits), num_thresholds, drawn.shape[1]), np.nan)
     for begin in range(0, drawn.shape[1], _RESAMPLES_AT_ONCE):
-        if _asked_to_stop is not None and _asked_to_stop.is_set():
-            break  # nobody waits for the numbers any more
+        if nobody_waits():
+            break
         part = slice(begin, begin + _RESAMPLES_AT_ONCE)
         counts = drawn[:, part].astype(np.int32)
         num_objects = in_images @ counts.astype(np.int64)
@@ -278,7 +268,8 @@ def resample_classes(
     # The largest ones first, so that nobody is left with one of them at the end.
     tasks.sort(key=lambda entry: -len(entry[1].item.images))
     parts: dict[tuple[int, int], tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
-    for (place, task), part in in_parallel(_do, tasks, num_processes):
+    for position, part in in_processes(_do, [task for _, task in tasks], num_processes):
+        place, task = tasks[position]
         parts[place, task.begin] = part
         on_progress(len(parts) // len(begins))
     joined = []
@@ -286,48 +277,3 @@ def resample_classes(
         mine = [parts[place, begin] for begin in begins]
         joined.append((np.concatenate([part[0] for part in mine], 1), np.concatenate([part[1] for part in mine], 2)))
     return joined
-
-
-def in_parallel(
-    function: Callable[[_Item], _Result], tasks: Sequence[tuple[_Key, _Item]], num_processes: int
-) -> Iterator[tuple[tuple[_Key, _Item], _Result]]:
-    """Each task with its result, in the order in which they are finished; few tasks are under way at a time.
-
-    Raises:
-        InputError: a process was ended from outside.
-    """
-    if min(num_processes, len(tasks)) < 2:
-        yield from ((entry, function(entry[1])) for entry in tasks)
-        return
-    # Not by fork, which copies locks that threads of this process may hold.
-    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
-    stop = context.Event()
-    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_obey_the_parent, initargs=(stop,)) as pool:
-        waiting = iter(tasks)
-        running: dict[Future[_Result], tuple[_Key, _Item]] = {}
-        try:
-            while True:
-                for entry in islice(waiting, 2 * num_processes - len(running)):
-                    running[pool.submit(function, entry[1])] = entry
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future.result()
-        except BrokenProcessPool:
-            raise InputError(
-                "a process that computes resamples has ended (often for want of memory): try again with --workers 1"
-            ) from None
-        finally:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-_asked_to_stop: Event | None = None
-"""Of a process that computes for another one: set when that one has been interrupted."""
-
-
-def _obey_the_parent(stop: Event) -> None:
-    """Leave Ctrl-C to the parent process, which says when to stop."""
-    global _asked_to_stop
-    _asked_to_stop = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from crossdino.benchmarks import BENCHMARKS
-from crossdino.errors import InputError
 from crossdino.evaluation.accumulation import (
     COCO_IOU_THRESHOLDS,
     LARGEST_AREA,
@@ -26,12 +25,10 @@ from crossdino.evaluation.coco_input import Bools, Floats, Truth, read_truth
 from crossdino.evaluation.measures import plan_of_protocol
 from crossdino.evaluation.olrp import OLRP_IOU, OLRP_METRICS, optimal_lrp
 from crossdino.evaluation.protocol_result import ProtocolResult, counted
+from crossdino.evaluation.protocol_truth import truth_of_protocol
 from crossdino.evaluation.sodad import read_detections
 
 COCO_PROTOCOLS = ("coco", "visdrone", "aitod", "sodad")
-
-# SODA-D: the category that is no class.
-_IGNORE_CATEGORY = 10
 
 
 def evaluate_coco_protocol(
@@ -47,8 +44,8 @@ def evaluate_coco_protocol(
     headline, *_ = plan.bands.values()
     cap = next(measure.cap for measure in plan.measures if measure.kind == "precision")
 
-    truth = read_truth(ground_truth)
-    truth, counts, notes = _sodad_truth(truth) if is_sodad else _coco_truth(truth)
+    truth, notes = truth_of_protocol(name, read_truth(ground_truth))
+    counts = {"crowds": int(truth.is_crowd.sum()), "ignored": int(truth.is_ignored.sum())}
     hint = "; detections of patches need the patches' annotation file too" if is_sodad else ""
     found, num_given, merging = read_detections(predictions, truth, patches, hint)
     measured = accumulate(truth, found, list(plan.bands.values()), caps, precision_cap=cap)
@@ -75,6 +72,11 @@ def evaluate_coco_protocol(
         f"objects_{band}": int(np.count_nonzero((areas >= low) & (areas <= high)))
         for band, (low, high) in all_bands.items()
     }
+    if is_sodad:
+        notes.append(
+            "AP, AP50, AP75 and those of the classes are over objects of up to 1024 px^2 with 100 detections; the "
+            "class table of the original code takes 1000, so that it does not average to AP"
+        )
     notes += _crowded(truth, is_object, cap)
     notes += _absent([class_name for class_name, numbers in by_class.items() if np.isnan(numbers["AP"])], headline)
     settings = {
@@ -100,52 +102,8 @@ def evaluate_coco_protocol(
     )
 
 
-def _coco_truth(truth: Truth) -> tuple[Truth, dict[str, int], list[str]]:
-    """The truth as COCO, AI-TOD and VisDrone take it: `iscrowd` decides, whatever `ignore` says."""
-    notes = _id_zero(truth)
-    unread = int(np.count_nonzero(truth.is_ignored & ~truth.is_crowd))
-    if unread:
-        notes.append(f"annotations with `ignore`, which this protocol does not read: {unread}; they count as objects")
-    return truth.reading_only("iscrowd"), {"crowds": int(truth.is_crowd.sum()), "ignored": 0}, notes
-
-
-def _sodad_truth(truth: Truth) -> tuple[Truth, dict[str, int], list[str]]:
-    """The truth as SODA-D takes it: `ignore` decides, whatever `iscrowd` says; category 10 is no class."""
-    if any("ori_id" in image for image in truth.image_entries):
-        raise InputError(
-            f"{truth.name} is the annotation file of patches (its images carry ori_id), but SODA-D is measured on the "
-            "original images: give their file as the ground truth, and this one as the patches"
-        )
-    notes = _id_zero(truth)
-    if _IGNORE_CATEGORY in truth.category_ids:
-        dropped = int(np.count_nonzero(truth.labels == truth.category_ids[_IGNORE_CATEGORY]))
-        truth = truth.without_category(_IGNORE_CATEGORY)
-        if not truth.category_ids:
-            raise InputError(f"{truth.name} has no class but category {_IGNORE_CATEGORY}: nothing can be measured")
-        notes.append(
-            f"category {_IGNORE_CATEGORY} of {truth.name} is no class: left out with {counted(dropped, 'annotation')}"
-        )
-    unread = int(np.count_nonzero(truth.is_crowd))
-    if unread:
-        notes.append(f"annotations with `iscrowd`, which this protocol does not read: {unread}; they count as objects")
-    notes.append(
-        "AP, AP50, AP75 and those of the classes are over objects of up to 1024 px^2 with 100 detections; the class "
-        "table of the original code takes 1000, so that it does not average to AP"
-    )
-    return truth.reading_only("ignore"), {"crowds": 0, "ignored": int(truth.is_ignored.sum())}, notes
-
-
 def _is_object(truth: Truth) -> Bools:
     return ~(truth.is_crowd | truth.is_ignored) & (truth.areas >= 0)
-
-
-def _id_zero(truth: Truth) -> list[str]:
-    if not truth.has_id_zero:
-        return []
-    return [
-        f"an annotation of {truth.name} has the id 0: it counts like any other here, while the original toolkit takes "
-        "its detection for a false one"
-    ]
 
 
 def _crowded(truth: Truth, is_object: Bools, cap: int) -> list[str]:

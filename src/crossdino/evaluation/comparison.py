@@ -36,6 +36,7 @@ from crossdino.evaluation.measures import (
 )
 from crossdino.evaluation.person_bootstrap import resample_persons
 from crossdino.evaluation.person_judgement import MATCH_IOU, JudgedPersons
+from crossdino.evaluation.protocol_truth import truth_of_protocol
 from crossdino.evaluation.sodad import read_detections
 
 GroundTruth = Mapping[str, Any] | Path | str
@@ -43,7 +44,6 @@ Predictions = Sequence[Mapping[str, Any]] | Path | str
 Floats = NDArray[np.float64]
 
 _FEW_IMAGES = 20
-_IGNORE_CATEGORY = 10  # of SODA-D: regions, no class
 _WORTH_PROCESSES = 1e10
 
 
@@ -206,9 +206,7 @@ def compare_detections(
         )
     truth = read_truth(ground_truth)
     plan = plan_of_protocol(protocol) if protocol else plan_of_bands(size_bands or COCO_SIZE_BANDS, max_detections)
-    if protocol == "sodad" and _IGNORE_CATEGORY in truth.category_ids:
-        truth = truth.without_category(_IGNORE_CATEGORY)
-    truth = truth.reading_only("ignore" if plan.reads_ignore else "iscrowd")
+    truth, notes = truth_of_protocol(protocol or "coco", truth)
     found = [read_detections(source, truth, patches)[0] for source in predictions]
     samples = _resample(truth, found, plan, num_resamples, seed, num_processes, on_progress)
     settings = {
@@ -225,6 +223,7 @@ def compare_detections(
         num_predictions=tuple(map(len, found)),
         settings=settings | drawing,
         identical=len(found) == 2 and _same(*found),
+        notes=notes,
     )
 
 

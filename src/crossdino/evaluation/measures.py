@@ -52,12 +52,10 @@ class Plan:
     Attributes:
         bands: name -> area range in square pixels, both inclusive.
         measures: in the order of the literature's tables.
-        reads_ignore: whether the truth's `ignore` counts and its `iscrowd` does not, as in SODA-D's evaluation.
     """
 
     bands: dict[str, tuple[float, float]]
     measures: tuple[Measure, ...]
-    reads_ignore: bool = False
 
     @property
     def most(self) -> int:
@@ -72,7 +70,7 @@ def plan_of_protocol(name: str) -> Plan:
     # SODA-D's average precision is that of the smallest cap, the others' that of the largest.
     cap = caps[0] if name == "sodad" else caps[-1]
     headline = "all" if _HEADLINE[name] == ALL_AREAS else "small"
-    return _plan(headline, _HEADLINE[name], benchmark.size_bands, cap, caps, reads_ignore=name == "sodad")
+    return _plan(headline, _HEADLINE[name], benchmark.size_bands, cap, caps)
 
 
 def plan_of_bands(size_bands: Mapping[str, tuple[float, float]], max_detections: int) -> Plan:
@@ -98,7 +96,6 @@ def _plan(
     bands: Mapping[str, tuple[float, float]],
     cap: int,
     caps: tuple[int, ...],
-    reads_ignore: bool = False,
 ) -> Plan:
     measures = [
         Measure("AP", "precision", headline, cap),
@@ -108,4 +105,4 @@ def _plan(
         *(Measure(f"AR@{most}", "recall", headline, most) for most in caps),
         *(Measure(f"AR_{name}", "recall", name, caps[-1]) for name in bands),
     ]
-    return Plan({headline: range_of_headline, **bands}, tuple(measures), reads_ignore)
+    return Plan({headline: range_of_headline, **bands}, tuple(measures))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
@@ -17,6 +16,7 @@ from crossdino.exchange.category_numbers import visdrone_numbers
 from crossdino.exchange.frame import Frame, read_frame
 from crossdino.exchange.lines import PEDESTRIAN, VISDRONE, WIDERPERSON, Line, TextFormat
 from crossdino.exchange.text_files import check_place, read_text_files, write_text_files
+from crossdino.writing import written_whole
 
 FORMATS: dict[str, str] = {
     "coco": "COCO results: a JSON list of {image_id, category_id, bbox, score}",
@@ -136,14 +136,11 @@ def write_results(
     if format in _TEXT:
         write_text_files(path, _texts(rows, format, frame, on_note))
         return
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(json.dumps(rows, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        with written_whole(path) as partial:
+            partial.write_text(json.dumps(rows, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}): name another place") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_format_place(path: Path, format: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from crossdino.errors import InputError
+from crossdino.writing import partial_path, written_whole
 
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the same results are the same archive
 
@@ -78,27 +79,32 @@ def write_text_files(path: Path, texts: Mapping[str, str]) -> None:
         InputError: the place cannot be written to, or holds something.
     """
     check_place(path)
-    partial = path.with_name(f".{path.name}.partial")
     try:
         if path.suffix.lower() == ".zip":
-            with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+            with written_whole(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
                 for name, text in texts.items():
                     entry = zipfile.ZipInfo(name, _ZIP_DATE)
                     entry.external_attr = 0o644 << 16
                     archive.writestr(entry, text, zipfile.ZIP_DEFLATED)
-            os.replace(partial, path)
         else:
-            _remove(partial)
-            partial.mkdir()
-            for name, text in texts.items():
-                (partial / name).write_bytes(text.encode("utf-8"))
-            if path.exists():
-                path.rmdir()
-            os.rename(partial, path)
+            _write_folder(path, texts)
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}): name another place") from error
+
+
+def _write_folder(path: Path, texts: Mapping[str, str]) -> None:
+    """A folder that takes its name, or the place of an empty one, when all its files are written."""
+    partial = partial_path(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        for name, text in texts.items():
+            (partial / name).write_bytes(text.encode("utf-8"))
+        if path.exists():
+            path.rmdir()
+        os.rename(partial, path)
     finally:
-        _remove(partial)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_place(path: Path) -> None:
@@ -117,10 +123,3 @@ def check_place(path: Path) -> None:
         raise InputError(f"cannot write {path}: it is a file; name a folder for the text files, or a .zip")
     elif path.is_dir() and any(path.iterdir()):
         raise InputError(f"cannot write into {path}: it is not empty; name a new folder, or delete this one first")
-
-
-def _remove(partial: Path) -> None:
-    if partial.is_dir():
-        shutil.rmtree(partial)
-    else:
-        partial.unlink(missing_ok=True)

@@ -23,8 +23,8 @@ from typing import Any, Literal, TypeVar
 
 from crossdino.benchmarks import Benchmark
 from crossdino.data.check import hash_file
-from crossdino.data.parallel import in_processes
 from crossdino.errors import InputError
+from crossdino.parallel import in_processes
 from crossdino.preparation.contract import SplitResult
 from crossdino.preparation.folders import (
     FINISHED,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from crossdino.data.parallel import in_processes
+from crossdino.parallel import in_processes
 
 
 def test_ctrl_c_waits_until_the_processes_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +39,7 @@ def test_ctrl_c_waits_until_the_processes_are_started(monkeypatch: pytest.Monkey
 def test_a_script_without_a_guard_is_told(tmp_path: Path) -> None:
     """Every process runs the script again until the pool breaks, which is no want of memory."""
     script = tmp_path / "script.py"
-    imports = "import math\nfrom crossdino.data.parallel import in_processes\n"
+    imports = "import math\nfrom crossdino.parallel import in_processes\n"
     script.write_text(imports + "list(in_processes(math.sqrt, [4.0, 9.0], 2))\n")
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.returncode == 1

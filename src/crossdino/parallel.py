@@ -1,4 +1,4 @@
-"""One function over many files in several processes, for work that Python's lock would make wait."""
+"""One function over many tasks in several processes, for work that Python's lock would make wait."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from itertools import islice
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.connection import wait as wait_for_any
+from multiprocessing.synchronize import Event
 from types import FrameType
 from typing import TypeVar
 
@@ -31,7 +32,7 @@ def in_processes(
     chunk: int = 1,
     option: str = "--workers",
 ) -> Iterator[tuple[int, _Result]]:
-    """Do every task; Ctrl-C ends it as soon as what has been begun is finished.
+    """Do every task; Ctrl-C ends it as soon as what has been begun is finished (or has asked `nobody_waits`).
 
     Args:
         function: of a module, so that other processes find it.
@@ -55,7 +56,8 @@ def in_processes(
     # Not by fork, which copies locks that threads of this process may hold.
     context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
     context.set_forkserver_preload([function.__module__])  # imported once instead of by each process
-    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_follow_the_parent) as pool:
+    given_up = context.Event()
+    with ProcessPoolExecutor(num_processes, context, _follow_the_parent, (given_up,)) as pool:
         remaining = iter(chunks)
         running: dict[Future[list[_Result]], int] = {}
         try:
@@ -73,11 +75,17 @@ def in_processes(
                     yield from enumerate(future.result(), start=running.pop(future))
         except BrokenProcessPool:
             raise InputError(
-                "a process that reads or cuts images has ended (often for want of memory, or since a script calls this "
-                f"outside of `if __name__ == '__main__':`): run the same again with {option} 1: it goes on from here"
+                "one of several processes has ended (often for want of memory, or since a script calls this outside of "
+                f"`if __name__ == '__main__':`): run the same again with {option} 1"
             ) from None
         finally:
+            given_up.set()
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def nobody_waits() -> bool:
+    """In the middle of a long task: whether its result is not wanted any more, so that it may end at once."""
+    return _given_up is not None and _given_up.is_set()
 
 
 @contextmanager
@@ -113,8 +121,14 @@ def _do(function: Callable[[_Task], _Result], tasks: Sequence[_Task]) -> list[_R
     return [function(task) for task in tasks]
 
 
-def _follow_the_parent() -> None:
+_given_up: Event | None = None
+"""Of a process that works for another one: set when that one has been interrupted."""
+
+
+def _follow_the_parent(given_up: Event) -> None:
     """Leave Ctrl-C, which reaches all processes of a terminal, to the parent; end when the parent was killed."""
+    global _given_up
+    _given_up = given_up
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     if parent is not None:
