@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from crossdino.models import deformable_attention as room
+from crossdino.models import deformable_cpu, deformable_engines
 from crossdino.models.deformable_attention import (
     MultiScaleDeformableAttention,
     deformable_attention,
@@ -28,19 +28,9 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs a test with the C++ kernel (where a compiler is) and without it."""
     monkeypatch.setenv("CROSSDINO_CPU_KERNEL", "0" if request.param == "pytorch" else "1")
-    room._cpu_kernel.cache_clear()
+    deformable_cpu.cpu_kernel.cache_clear()
     yield request.param
-    room._cpu_kernel.cache_clear()
-
-
-@pytest.fixture
-def fresh_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> Iterator[None]:
-    """An empty kernel cache, and the usual one again afterwards."""
-    monkeypatch.setenv("CROSSDINO_CPU_KERNEL", "1")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    room._cpu_kernel.cache_clear()
-    yield
-    room._cpu_kernel.cache_clear()
+    deformable_cpu.cpu_kernel.cache_clear()
 
 
 def make_inputs(
@@ -162,7 +152,7 @@ def test_nan_location_makes_its_query_and_head_nan_and_nothing_else(engine: str)
 def test_chunks_of_queries_join(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(queries=600, heads=2, head_dim=16)
     expected = grid_sample_attention(inputs[0].double(), SHAPES, inputs[1].double(), inputs[2].double()).float()
-    monkeypatch.setattr(room, "_BAG_CHUNK_ENTRIES", 1000)
+    monkeypatch.setattr(deformable_engines, "_CHUNK_POINTS", 1000)
     for function in (deformable_attention, embedding_bag_attention):
         torch.testing.assert_close(function(inputs[0], SHAPES, *inputs[1:]), expected, rtol=0, atol=1e-5)
 
@@ -274,7 +264,7 @@ def test_flops_do_not_depend_on_the_engine(engine: str) -> None:
         query, references, value = torch.randn(2, 6, 32), torch.rand(2, 6, 3, 2), torch.randn(2, 48, 32)
         with FlopCounterMode(display=False) as counter:
             module.to(device)(query.to(device), references.to(device), value.to(device), SHAPES).sum().backward()
-        assert torch.ops.crossdino.deformable_attention in counter.get_flop_counts()["Global"]
+        assert torch.ops.crossdino.projected_attention in counter.get_flop_counts()["Global"]
         counts.append(counter.get_total_flops())
     # Two flops a multiply-add; forward, and backward for inputs (not for query and value) and weights.
     linear_macs = 2 * (6 * 32 * (48 + 24 + 32) + 48 * 32 * 32)
@@ -291,49 +281,6 @@ def test_flops_of_the_official_encoder() -> None:
         with FlopCounterMode(display=False) as counter:
             feedforward(attention(tokens, references, tokens, shapes))
     assert round(6 * counter.get_total_flops() / 2 / 1e9, 1) == 170.4
-
-
-# --- building the kernel ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("fresh_kernel")
-def test_kernel_is_built_once_where_a_compiler_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    if shutil.which("g++") is None:
-        assert room._cpu_kernel() is None
-        return
-    assert room._cpu_kernel() is not None
-    built = room._build_cpu_kernel()
-    assert [path.name for path in built.parent.iterdir()] == [built.name]
-    modified = built.stat().st_mtime_ns
-    assert room._build_cpu_kernel().stat().st_mtime_ns == modified
-    monkeypatch.setattr(room, "_COMPILER_FLAGS", (*room._COMPILER_FLAGS, "-O1"))
-    assert room._build_cpu_kernel() != built
-
-
-@pytest.mark.usefixtures("fresh_kernel")
-@pytest.mark.parametrize("trouble", ["no compiler", "failing compiler", "broken source", "no cache", "switched off"])
-def test_without_kernel_pytorch_computes_the_same(
-    trouble: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = tmp_path_factory.mktemp("trouble")
-    if trouble == "no compiler":
-        monkeypatch.setattr(shutil, "which", lambda _: None)
-    elif trouble == "failing compiler":
-        monkeypatch.setenv("CXX", "false")
-    elif trouble == "broken source":
-        source = folder / "broken.cpp"
-        source.write_text("this is not C++")
-        monkeypatch.setattr(room, "_KERNEL_SOURCE", source)
-    elif trouble == "no cache":
-        (folder / "file").touch()
-        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "file"))
-    else:
-        monkeypatch.setenv("CROSSDINO_CPU_KERNEL", "0")
-    assert room._cpu_kernel() is None
-    value, locations, weights = make_inputs()
-    expected = loop_attention(value, SHAPES, locations, weights)
-    output = deformable_attention(value, SHAPES, locations, weights)
-    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
 
 
 # --- the module -------------------------------------------------------------------------------------------------------
@@ -421,11 +368,13 @@ def test_padded_tokens_do_not_count(engine: str) -> None:
 def test_autocast_keeps_locations_in_float32(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[torch.dtype, ...]] = []
 
-    def spy(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-        seen.append((value.dtype, locations.dtype, weights.dtype))
-        return deformable_attention(value, shapes, locations, weights)
+    def spy(value: Tensor, shapes: list[tuple[int, int]], references: Tensor, projections: Tensor) -> Tensor:
+        places = deformable_engines.sampling_points(references, projections, shapes, value.shape[2])
+        seen.append((value.dtype, *(tensor.dtype for tensor in places)))
+        return room_projected(value, shapes, references, projections)
 
-    monkeypatch.setattr(room, "deformable_attention", spy)
+    room_projected = room.projected_attention
+    monkeypatch.setattr(room, "projected_attention", spy)
     torch.manual_seed(5)
     module = MultiScaleDeformableAttention(hidden_dim=64, num_levels=1, num_heads=2)
     shapes = [(100, 160)]
