@@ -60,10 +60,10 @@ class Batch:
     targets: list[Target]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with all tensors on `device`."""
+        """The same batch on `device`, but for the mask, which the model reads on the CPU."""
         return Batch(
             self.images.to(device, non_blocking=True),
-            self.padding_mask.to(device, non_blocking=True),
+            self.padding_mask,
             [target.to(device) for target in self.targets],
         )
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from crossdino.config import Fusion
 from crossdino.errors import InputError
+from crossdino.models.dense import apply_linear, in_chunks, linear
 
 # Where gates begin that shall let the encoder's output through: sigmoid(8) = 0.9997. Much more would leave them without
 # a gradient, much less would let too much of the backbone features in.
@@ -38,11 +39,13 @@ class GlobalResponseNorm(nn.Module):
         square = x.float().square()
         if padding_mask is not None:
             square = square.masked_fill(padding_mask[..., None], 0.0)
-        energy = square.sum(1, keepdim=True)
+        return x * self.gain(square.sum(1, keepdim=True)).to(x.dtype) + self.beta.to(x.dtype)
+
+    def gain(self, energy: Tensor) -> Tensor:
+        """What each channel is multiplied by, from its sum of squares over all valid tokens; both (..., dim)."""
         # A channel that is zero on every token would have an infinite slope at the root.
         norm = torch.where(energy > 0, energy, 1.0).sqrt() * (energy > 0)
-        response = norm / (norm.mean(-1, keepdim=True) + 1e-6)
-        return x * (1 + self.gamma * response).to(x.dtype) + self.beta.to(x.dtype)
+        return 1 + self.gamma * (norm / (norm.mean(-1, keepdim=True) + 1e-6))
 
 
 class _Gate(nn.Module):
@@ -54,7 +57,7 @@ class _Gate(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.norm(self.linear(x))).sigmoid()
+        return F.gelu(self.norm(apply_linear(self.linear, x))).sigmoid()
 
 
 class _Reweight(nn.Module):
@@ -67,7 +70,27 @@ class _Reweight(nn.Module):
         self.linear2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        return self.linear2(self.grn(F.gelu(self.linear1(x)), padding_mask)).sigmoid()
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.linear2(self.grn(F.gelu(self.linear1(x)), padding_mask)).sigmoid()
+        masks = [None] * len(x) if padding_mask is None else padding_mask
+        return torch.stack([self._reweigh_image(image, mask) for image, mask in zip(x, masks, strict=True)])
+
+    def _reweigh_image(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """One image, (L, C): the hidden map is read and written once, because GRN goes into the second layer."""
+        energy = 0.0
+
+        def hide(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+            nonlocal energy
+            hidden = F.gelu(apply_linear(self.linear1, tokens))
+            square = hidden.float().square()
+            energy = energy + (square if mask is None else square.masked_fill(mask, 0.0)).sum(0)
+            return hidden
+
+        hidden = in_chunks(hide, x) if padding_mask is None else in_chunks(hide, x, padding_mask[:, None])
+        assert isinstance(energy, Tensor)
+        weight = self.linear2.weight * self.grn.gain(energy)
+        bias = self.linear2.bias + self.linear2.weight @ self.grn.beta
+        return in_chunks(lambda tokens: linear(tokens, weight, bias).sigmoid_(), hidden)
 
 
 class CrossCodingTwice(nn.Module):
@@ -104,8 +127,8 @@ class CrossCodingTwice(nn.Module):
 
     def cross_gate(self, backbone_tokens: Tensor, encoder_tokens: Tensor, padding_mask: Tensor | None) -> Tensor:
         """The cross gating map `B' E'` of Eq. 3 and Fig. 6, (N, L, C) in (0, 1); only with `twice`."""
-        encoder_coded = encoder_tokens + backbone_tokens * (1 - self.gate_encoder(encoder_tokens))
-        backbone_coded = backbone_tokens + encoder_tokens * (1 - self.gate_backbone(backbone_tokens))
+        encoder_coded = in_chunks(self._code_encoder, encoder_tokens, backbone_tokens)
+        backbone_coded = in_chunks(self._code_backbone, backbone_tokens, encoder_tokens)
         return self.reweight_backbone(backbone_coded, padding_mask) * self.reweight_encoder(encoder_coded, padding_mask)
 
     def forward(self, backbone_tokens: Tensor, encoder_tokens: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -120,9 +143,22 @@ class CrossCodingTwice(nn.Module):
             E_cf, (N, L, C).
         """
         if not self.twice:
-            return encoder_tokens + backbone_tokens * (1 - self.gate_encoder(encoder_tokens))
+            return in_chunks(self._code_encoder, encoder_tokens, backbone_tokens)
         gate = self.cross_gate(backbone_tokens, encoder_tokens, padding_mask)
-        return 2 * encoder_tokens * gate + backbone_tokens * (1 - gate)
+        return in_chunks(_mix, encoder_tokens, backbone_tokens, gate)
+
+    def _code_encoder(self, encoder_tokens: Tensor, backbone_tokens: Tensor) -> Tensor:
+        """Step one, Eq. 2: E_cf' = E + B (1 - gate of E)."""
+        return encoder_tokens + backbone_tokens * (1 - self.gate_encoder(encoder_tokens))
+
+    def _code_backbone(self, backbone_tokens: Tensor, encoder_tokens: Tensor) -> Tensor:
+        """Step one, Eq. 2: B_cf' = B + E (1 - gate of B)."""
+        return backbone_tokens + encoder_tokens * (1 - self.gate_backbone(backbone_tokens))
+
+
+def _mix(encoder_tokens: Tensor, backbone_tokens: Tensor, gate: Tensor) -> Tensor:
+    """Step two, Eq. 3."""
+    return 2 * encoder_tokens * gate + backbone_tokens * (1 - gate)
 
 
 class MLPFusion(nn.Module):

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from crossdino.models.deformable_attention import MultiScaleDeformableAttention
+from crossdino.models.dense import float32_where, in_float32
 from crossdino.models.position import anchor_sine_embedding, inverse_sigmoid
 from crossdino.structures import LayerOutput
 
@@ -233,7 +234,22 @@ class Decoder(nn.Module):
         blocks: Sequence[QueryBlock],
     ) -> tuple[list[_State], list[LayerOutput]]:
         """Take the matched queries (first) and all blocks through one layer."""
+        # Under autocast the values stay in its dtype, for they are many, and the queries in float32.
+        precise = in_float32(memory)
         values = layer.cross_attn.project(memory, memory_mask)
+        with float32_where(precise, memory):
+            return self._advance_all(layer, around, states, values, visible, blocks)
+
+    def _advance_all(
+        self,
+        layer: DecoderLayer,
+        around: _Surroundings,
+        states: Sequence[_State],
+        values: Tensor,
+        visible: Tensor | None,
+        blocks: Sequence[QueryBlock],
+    ) -> tuple[list[_State], list[LayerOutput]]:
+        """`_layer`, when the memory's values are there."""
         state, output, matched = self._advance(layer, around, states[0], values, visible, None, None)
         new_states, outputs = [state], [output]
         for number, (block, before) in enumerate(zip(blocks, states[1:], strict=True)):

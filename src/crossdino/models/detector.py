@@ -14,6 +14,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,9 @@ from crossdino.models.backbones import build_backbone
 from crossdino.models.cctm import build_fusion
 from crossdino.models.decoder import MLP, Decoder, QueryBlock, block_visibility
 from crossdino.models.denoising import DenoisingQueries, make_denoising_queries
+from crossdino.models.dense import apply_linear, float32_where, in_chunks, in_float32
 from crossdino.models.encoder import Encoder
-from crossdino.models.position import sine_position
+from crossdino.models.position import sine_position, sine_position_grid
 from crossdino.structures import DenoisingOutput, DetectorOutput, LayerOutput, Target
 
 if TYPE_CHECKING:
@@ -142,15 +144,22 @@ class CrossDINO(nn.Module):
 
         Args:
             images: (N, 3, H, W), normalised.
-            padding_mask: (N, H, W) bool, true on padding (bottom and right), or None.
+            padding_mask: (N, H, W) bool, true on padding (bottom and right), or None; see `forward`.
         """
         if self.config.padding == "shared":
             return self._features_shared(images, padding_mask)
         return self._features_isolated(images, padding_mask)
 
     def _project(self, maps: list[Tensor]) -> list[Tensor]:
+        precise = in_float32(maps[-1])
+        if precise:
+            maps = [feature.float() for feature in maps]
+        with float32_where(precise, maps[-1]):
+            return self._project_all(maps)
+
+    def _project_all(self, maps: list[Tensor]) -> list[Tensor]:
         last = maps[-1]
-        projected = []
+        projected: list[Tensor] = []
         for level, projection in enumerate(self.input_proj):
             if level < len(maps):
                 projected.append(projection(maps[level]))
@@ -173,6 +182,7 @@ class CrossDINO(nn.Module):
         num_images, _, height, width = images.shape
         if padding_mask is None:
             padding_mask = torch.zeros((num_images, height, width), dtype=torch.bool, device=images.device)
+        padding_mask = padding_mask.to(images.device)
         divisor = self.backbone.size_divisor
         extra = (-width % divisor, -height % divisor)
         maps = self._project(self._maps(F.pad(images, (0, extra[0], 0, extra[1]))))
@@ -236,6 +246,16 @@ class CrossDINO(nn.Module):
         tokens = torch.cat([feature.flatten(2).transpose(1, 2) for feature in maps], dim=1)
         return _feature_levels(tokens, shapes, masks, torch.stack(valid_sizes, 1), valid_counts)
 
+    def _positions(self, levels: FeatureLevels, is_padded: bool) -> Tensor:
+        """Position plus level embedding of all tokens, (N, L, C); (1, L, C) where no image is padded."""
+        dim = self.config.hidden_dim
+        positions = [
+            sine_position(mask, dim) if is_padded else sine_position_grid(height, width, dim, mask.device)[None]
+            for mask, (height, width) in zip(levels.masks, levels.spatial_shapes, strict=True)
+        ]
+        embedded = [(one + embed).flatten(1, 2) for one, embed in zip(positions, self.level_embed, strict=True)]
+        return torch.cat(embedded, dim=1)
+
     def _proposals(self, levels: FeatureLevels, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Anchor logits (N, L, 4) of all tokens, +inf where a token is no valid proposal, and that flag (N, L)."""
         proposals = []
@@ -261,8 +281,8 @@ class CrossDINO(nn.Module):
     ) -> tuple[LayerOutput, Tensor, Tensor | None]:
         """Mixed query selection: the encoder's output at the best tokens, their anchors, and which are void."""
         proposals, invalid = self._proposals(levels, token_mask)
-        memory = self.enc_output_norm(self.enc_output(memory.masked_fill(invalid[..., None], 0.0)))
-        logits = self.enc_class_embed(memory)
+        memory = in_chunks(self._propose, memory, invalid[..., None])
+        logits = in_chunks(partial(apply_linear, self.enc_class_embed), memory)
         scores = logits.float().amax(-1)
         isolated = self.config.padding == "isolated"
         if token_mask is not None and isolated:
@@ -275,14 +295,23 @@ class CrossDINO(nn.Module):
             best = F.pad(best, (0, num_queries - best.shape[1]))
             counts = torch.tensor(levels.valid_counts, device=best.device)
             void = torch.arange(num_queries, device=best.device)[None] >= counts[:, None]
+        if memory.is_meta:
+            # Where costs are counted (`crossdino.complexity`), to be compared with the literature's: the published
+            # model gives every token a box, 1 % of its multiply-adds, of which only the chosen ones are read.
+            self.enc_bbox_embed(memory)
+        memory, proposals, chosen_logits = (
+            of_all.gather(1, best[..., None].expand(-1, -1, of_all.shape[-1])) for of_all in (memory, proposals, logits)
+        )
         anchor_logits = self.enc_bbox_embed(memory).float() + proposals
-        anchor_logits = anchor_logits.gather(1, best[..., None].expand(-1, -1, 4))
-        chosen_logits = logits.gather(1, best[..., None].expand(-1, -1, logits.shape[-1]))
         if void is not None:
             chosen_logits = chosen_logits.masked_fill(void[..., None], _VOID_LOGIT)
             anchor_logits = anchor_logits.masked_fill(void[..., None], 0.0)
         anchors = anchor_logits.sigmoid()
         return LayerOutput(chosen_logits, anchors), anchors.detach(), void
+
+    def _propose(self, memory: Tensor, invalid: Tensor) -> Tensor:
+        """What the encoder's heads look at: (..., C) of (..., C) tokens and a flag (..., 1) each."""
+        return self.enc_output_norm(apply_linear(self.enc_output, memory.masked_fill(invalid, 0.0)))
 
     def forward(
         self, images: Tensor, padding_mask: Tensor | None = None, targets: list[Target] | None = None
@@ -291,7 +320,9 @@ class CrossDINO(nn.Module):
 
         Args:
             images: (N, 3, H, W), normalised with `mean` and `std`; padded at the bottom and right.
-            padding_mask: (N, H, W) bool, true on padding; None means that no image is padded.
+            padding_mask: (N, H, W) bool, true on padding; None means that no image is padded. It is best left on the
+                CPU (`Batch.to` does), for the images' sizes are read off it; nothing else in the pass waits for the
+                device.
             targets: N targets; in training mode they become denoising queries, otherwise they are not looked at.
 
         Returns:
@@ -302,22 +333,21 @@ class CrossDINO(nn.Module):
         levels = self.features(images, padding_mask)
         mask = torch.cat([level.flatten(1) for level in levels.masks], dim=1)
         # Without any padding every masking step below would be a copy for nothing.
-        token_mask = mask if padding_mask is not None or min(levels.valid_counts) < mask.shape[1] else None
-        positions = torch.cat(
-            [
-                (sine_position(level, config.hidden_dim) + embed).flatten(1, 2)
-                for level, embed in zip(levels.masks, self.level_embed, strict=True)
-            ],
-            dim=1,
-        ).to(levels.tokens.dtype)
-        arguments = (levels.tokens, positions, levels.spatial_shapes, levels.valid_ratios, token_mask)
+        is_padded = min(levels.valid_counts) < mask.shape[1]
+        token_mask = mask if is_padded or (padding_mask is not None and config.padding == "shared") else None
+        tokens = levels.tokens
+        if in_float32(tokens):
+            tokens = tokens.float()  # what the encoder adds to, layer by layer
+        positions = self._positions(levels, is_padded=token_mask is not None).to(tokens.dtype)
+        arguments = (tokens, positions, levels.spatial_shapes, levels.valid_ratios, token_mask)
         memory = self.encoder(*arguments, checkpoint_activations=self._checkpointed)
-        if self.fusion is not None:
-            if self._checkpointed:
-                memory = checkpoint(self.fusion, levels.tokens, memory, token_mask, use_reentrant=False)
-            else:
-                memory = self.fusion(levels.tokens, memory, token_mask)
-        encoder_output, anchors, void = self._select(memory, levels, token_mask)
+        with float32_where(in_float32(memory), memory):
+            if self.fusion is not None:
+                if self._checkpointed:
+                    memory = checkpoint(self.fusion, tokens, memory, token_mask, use_reentrant=False)
+                else:
+                    memory = self.fusion(tokens, memory, token_mask)
+            encoder_output, anchors, void = self._select(memory, levels, token_mask)
 
         noisy = None
         if self.training and targets is not None:

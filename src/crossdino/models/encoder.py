@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from crossdino.models.deformable_attention import MultiScaleDeformableAttention
+from crossdino.models.dense import apply_linear, in_chunks
 
 
 def encoder_reference_points(spatial_shapes: list[tuple[int, int]], valid_ratios: Tensor) -> Tensor:
@@ -62,8 +62,13 @@ class EncoderLayer(nn.Module):
     ) -> Tensor:
         """Tokens (N, L, C) in, tokens (N, L, C) out; the other arguments are those of `Encoder.forward`."""
         attended = self.self_attn(tokens + positions, reference_points, tokens, spatial_shapes, padding_mask)
+        return in_chunks(self._finish, tokens, attended)
+
+    def _finish(self, tokens: Tensor, attended: Tensor) -> Tensor:
+        """What follows the attention, which treats every token alone."""
         tokens = self.norm1(tokens + attended)
-        return self.norm2(tokens + self.linear2(F.relu(self.linear1(tokens))))
+        hidden = apply_linear(self.linear1, tokens, "relu")
+        return self.norm2(tokens + apply_linear(self.linear2, hidden))
 
 
 class Encoder(nn.Module):

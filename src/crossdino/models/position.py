@@ -41,6 +41,26 @@ def sine_position(padding_mask: Tensor, dim: int = 256, temperature: float = 20.
     return torch.cat((_interleaved_sine(y, dim // 2, temperature), _interleaved_sine(x, dim // 2, temperature)), dim=-1)
 
 
+def sine_position_grid(height: int, width: int, dim: int, device: torch.device, temperature: float = 20.0) -> Tensor:
+    """`sine_position` of a map without padding, to the bit, from one row and one column.
+
+    Args:
+        height: of the map.
+        width: of the map.
+        dim: channels of the encoding.
+        device: where to make it.
+        temperature: base of the frequencies.
+
+    Returns:
+        (height, width, dim) float32.
+    """
+    column, row = (
+        _interleaved_sine(count / (count[-1] + 1e-6) * (2 * math.pi), dim // 2, temperature)
+        for count in (torch.arange(1, side + 1, dtype=torch.float32, device=device) for side in (height, width))
+    )
+    return torch.cat((column[:, None].expand(-1, width, -1), row[None].expand(height, -1, -1)), dim=-1)
+
+
 def anchor_sine_embedding(anchors: Tensor, dim: int = 256) -> Tensor:
     """Sine embedding of 4-D anchors, in the order y, x, w, h, temperature 10000, scale 2 pi.
 

@@ -1,0 +1,145 @@
+"""Fast linear layers against `torch.nn.functional.linear` and against plain products in float64."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from crossdino.models import dense
+from crossdino.models.dense import apply_linear, in_chunks, linear
+
+
+def inputs(rows, width_in, width_out, dtype=torch.float32, requires_grad=True):
+    generator = torch.Generator().manual_seed(rows + width_in)
+    x, weight, bias = (
+        torch.randn(*shape, generator=generator) for shape in ((2, rows, width_in), (width_out, width_in), (width_out,))
+    )
+    return [t.to(dtype).requires_grad_(requires_grad) for t in (x, weight, bias)]
+
+
+def plain(x, weight, bias, activation):
+    y = x.double() @ weight.double().T
+    y = y if bias is None else y + bias.double()
+    return y.clamp(min=0) if activation == "relu" else y
+
+
+@pytest.fixture
+def onednn_calls(monkeypatch):
+    """How often the fast path was taken."""
+    calls = []
+    operator = dense._ONEDNN
+    assert operator is not None, "this build of torch has no oneDNN"
+    monkeypatch.setattr(dense, "_ONEDNN", lambda *arguments: calls.append(1) or operator(*arguments))
+    return calls
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(("rows", "width_in", "width_out"), [(200, 96, 33), (513, 31, 7), (129, 1, 5)])
+def test_value_and_gradients(onednn_calls, rows, width_in, width_out, has_bias, activation):
+    x, weight, bias = inputs(rows, width_in, width_out)
+    bias = bias if has_bias else None
+    leaves = [t for t in (x, weight, bias) if t is not None]
+    result = linear(x, weight, bias, activation)
+    assert onednn_calls
+    expected = plain(x, weight, bias, activation)
+    # The rounding of a float32 sum of about a hundred products.
+    torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-4)
+    grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad(result, leaves, grad)
+    wanted = torch.autograd.grad(expected, leaves, grad.double())
+    for gradient, right in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, right, rtol=1e-4, atol=1e-4 * right.abs().max().item())
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, weight, bias, activation), result.detach(), rtol=0, atol=0)
+
+
+def test_the_result_may_be_changed_in_place():
+    x, weight, bias = inputs(300, 16, 8)
+    mask = torch.arange(300) % 3 == 0
+    result = linear(x, weight, bias).masked_fill_(mask[:, None], 0.0)
+    (gradient,) = torch.autograd.grad(result.sum(), [bias])
+    torch.testing.assert_close(gradient, torch.full((8,), 400.0))
+
+
+def test_only_the_gradients_that_are_wanted():
+    x, weight, bias = inputs(300, 16, 8)
+    (gradient,) = torch.autograd.grad(linear(x.detach(), weight.detach(), bias).sum(), [bias])
+    torch.testing.assert_close(gradient, torch.full((8,), 600.0))
+    assert not linear(x.detach(), weight.detach(), bias.detach()).requires_grad
+
+
+def test_few_rows_none_and_other_dtypes_take_the_plain_way(onednn_calls):
+    for rows, dtype in ((3, torch.float32), (0, torch.float32), (400, torch.float64)):
+        x, weight, bias = inputs(rows, 12, 4, dtype)
+        torch.testing.assert_close(linear(x, weight, bias, "relu"), F.linear(x, weight, bias).relu())
+    assert not onednn_calls
+
+
+def test_views_that_are_not_contiguous():
+    x, weight, bias = inputs(400, 24, 10, requires_grad=False)
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    sliced = torch.cat((x, x), dim=-1)[..., :24]
+    for view in (turned, sliced, x[:1].expand(3, -1, -1)):
+        torch.testing.assert_close(linear(view, weight, bias), F.linear(view, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_and_autocast_compute_as_torch_does():
+    x, weight, bias = inputs(500, 64, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast, slow = linear(x, weight, bias, "relu"), F.linear(x, weight, bias).relu()
+    assert fast.dtype == slow.dtype == torch.bfloat16
+    # One step of bfloat16.
+    torch.testing.assert_close(fast, slow, rtol=2**-7, atol=2**-7)
+    fast.sum().backward()
+    assert x.grad is not None and x.grad.dtype == weight.grad.dtype == torch.float32
+    low = linear(x.detach().bfloat16(), weight.detach(), bias.detach())
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, F.linear(x.detach().bfloat16().float(), weight.detach(), bias.detach()))
+
+
+def test_multiply_adds_are_counted():
+    x, weight, bias = inputs(700, 8, 4, requires_grad=False)
+    with FlopCounterMode(display=False) as counter:
+        linear(x, weight, bias)
+    assert counter.get_total_flops() == 2 * (2 * 700) * 8 * 4
+
+
+def test_compiled_and_exported_as_torchs_own_linear():
+    layer = nn.Linear(16, 8)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return in_chunks(lambda t: apply_linear(self.layer, t, "relu"), x)
+
+    x = torch.randn(2, 5000, 16, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(Net(), backend="aot_eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(x), layer(x).relu(), rtol=1e-5, atol=1e-5)
+    program = torch.export.export(Net(), (x,))
+    assert not any("mkldnn" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x), layer(x).relu(), rtol=1e-5, atol=1e-5)
+    assert apply_linear(layer.to("meta"), x.to("meta")).shape == (2, 5000, 8)
+
+
+@pytest.mark.parametrize("rows", [1, 4096, 4097, 10000])
+def test_chunks_are_the_whole(rows):
+    generator = torch.Generator().manual_seed(rows)
+    a, b = torch.randn(2, rows, 3, generator=generator), torch.rand(2, rows, 1, generator=generator) > 0.5
+    seen = []
+
+    def function(tokens, flags):
+        seen.append(tokens.shape[:-1].numel())
+        return torch.cat((tokens.masked_fill(flags, 0.0), tokens), dim=-1)
+
+    with torch.no_grad():
+        torch.testing.assert_close(in_chunks(function, a, b), function(a, b), rtol=0, atol=0)
+    assert max(seen[:-1]) <= max(4096, rows if 2 * rows <= 4096 else 0)
+    assert sum(seen[:-1]) == 2 * rows
+    seen.clear()
+    in_chunks(function, a, b)
+    assert seen == [2 * rows]  # autograd would keep everything anyway
