@@ -61,6 +61,8 @@ class _Axis:
     def __init__(self, size: int, window: int, device: torch.device) -> None:
         starts, overlaps = clap_windows(size, window)
         self.size = size
+        self.window = window
+        self.starts, self.overlaps = starts, overlaps
         self.num_windows = len(starts)
         self.padding = max(window - size, 0)
         self.crop_index: Tensor | None = None
@@ -87,6 +89,34 @@ class _Axis:
             return x
         # Where one window covers a position this is (v + v) / 2 = v, exactly.
         return (x.index_select(dim, self.first_index) + x.index_select(dim, self.last_index)) * 0.5
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """The windows as runs of equal steps: index of a run's first window, how many there are, and their step."""
+        step = self.starts[1] - self.starts[0] if self.num_windows > 1 else self.window
+        last = self.num_windows - 1
+        if self.starts[last] == last * step:
+            return [(0, self.num_windows, step)]
+        return [(0, last, step), (last, 1, step)]
+
+    def view(self, x: Tensor, dim: int, run: tuple[int, int, int]) -> Tensor:
+        """The windows of a run as a view: `dim` counts the windows, and a new last dimension their positions."""
+        first, count, step = run
+        return x.narrow(dim, self.starts[first], (count - 1) * step + self.window).unfold(dim, self.window, step)
+
+    def blend(self, windows: Tensor, dim: int) -> Tensor:
+        """Windows (..., num_windows, window, ...), counted by `dim`, as one axis; overlaps are averaged."""
+        if not any(self.overlaps):
+            return windows.flatten(dim, dim + 1)
+        shape = list(windows.shape)
+        shape[dim : dim + 2] = [self.size + self.padding]
+        out = windows.new_empty(shape)
+        for window, start, overlap in zip(windows.unbind(dim), self.starts, self.overlaps, strict=True):
+            if overlap:
+                shared = out.narrow(dim, start, overlap)
+                torch.add(shared, window.narrow(dim, 0, overlap), out=shared).mul_(0.5)
+            own = self.window - overlap
+            out.narrow(dim, start + overlap, own).copy_(window.narrow(dim, overlap, own))
+        return out
 
 
 class WindowGrid:
@@ -143,6 +173,49 @@ class WindowGrid:
         x = x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
         x = vertical.merge(horizontal.merge(x, 3), 2)
         return x[:, :, : vertical.size, : horizontal.size]
+
+    def crop_into(self, out: Tensor, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """`crop` for maps with any number of channel dimensions at the end, without gradients, in one copy.
+
+        Args:
+            out: (N, rows of windows, columns of windows, window, window, ...), in any memory layout: it is overwritten.
+            x: (N, height, width, ...).
+            added: (window, window, ...): added to every window.
+
+        Returns:
+            `out`.
+        """
+        vertical, horizontal = self._vertical, self._horizontal
+        if vertical.padding or horizontal.padding:
+            trailing = (0, 0) * (x.dim() - 3)
+            x = functional.pad(x, (*trailing, 0, horizontal.padding, 0, vertical.padding))
+        for down in vertical.runs():
+            for across in horizontal.runs():
+                piece = horizontal.view(vertical.view(x, 1, down), 2, across).movedim((-2, -1), (3, 4))
+                target = out[:, down[0] : down[0] + down[1], across[0] : across[0] + across[1]]
+                if added is None:
+                    target.copy_(piece)
+                else:
+                    torch.add(piece, added, out=target)
+        return out
+
+    def blend(self, windows: Tensor) -> Tensor:
+        """`merge` for the layout of `crop_into`, without gradients.
+
+        Args:
+            windows: (N, rows of windows, columns of windows, window, window, ...), in any memory layout.
+
+        Returns:
+            (N, height, width, ...).
+        """
+        vertical, horizontal = self._vertical, self._horizontal
+        x = vertical.blend(horizontal.blend(windows.transpose(2, 3), 3), 1)
+        return x[:, : vertical.size, : horizontal.size]
+
+    @property
+    def layout(self) -> tuple[int, int]:
+        """How many rows and columns of windows lie on a map."""
+        return self._vertical.num_windows, self._horizontal.num_windows
 
     def apply(self, mixer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Mix maps of any size with a mixer of the window's size.

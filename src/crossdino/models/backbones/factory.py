@@ -3,7 +3,8 @@
 Whatever the network, what comes out is the same: NCHW maps of strides 8, 16 and 32, on request of 4 too. As in DINO,
 a ResNet's batch normalisation is frozen altogether and its stem and first stage are not trained; Swin gets a LayerNorm
 on each output map. Every other network keeps trainable scales and biases in its batch normalisation, but the statistics
-stay as they were loaded: detection batches are too small to estimate them.
+stay as they were loaded: detection batches are too small to estimate them. So every normalisation that follows a
+convolution is computed as part of it (`folding.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from crossdino.config import ModelConfig
 from crossdino.errors import InputError
+from crossdino.models.backbones.folding import fold_batch_norms
 from crossdino.models.backbones.strip_mlp import VARIANTS, StripMLPBackbone
 from crossdino.models.backbones.swin import fill_before_shift
 
@@ -102,11 +104,11 @@ class Backbone(nn.Module):
             images: (N, 3, H, W), normalised with `mean` and `std`; H and W multiples of `size_divisor`.
 
         Returns:
-            Maps (N, channels[i], ceil(H / strides[i]), ceil(W / strides[i])).
+            Maps (N, channels[i], ceil(H / strides[i]), ceil(W / strides[i])), in any memory format.
         """
-        # bfloat16 halves most costs on a CPU but triples that of depthwise convolutions' backward pass.
-        in_float32 = self.has_depthwise and images.device.type == "cpu" and torch.is_grad_enabled()
-        with torch.autocast("cpu", enabled=False) if in_float32 else nullcontext():
+        if _prefers_channels_last(images):
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(images.device.type, enabled=False) if self._in_float32(images) else nullcontext():
             maps = list(self.body(images))
         if self.map_norms is not None:
             maps = [
@@ -117,6 +119,20 @@ class Backbone(nn.Module):
             maps = [feature.permute(0, 3, 1, 2) for feature in maps]
         return maps
 
+    def _in_float32(self, images: Tensor) -> bool:
+        """Whether the network must not follow bfloat16 autocast."""
+        if not self.has_depthwise:
+            return False
+        if torch.is_grad_enabled():
+            # On a CPU it halves most costs, but triples that of depthwise convolutions' backward pass.
+            return images.device.type == "cpu"
+        if images.is_meta or not torch.is_autocast_enabled(images.device.type):
+            return False
+        # Thin networks of depthwise convolutions and linear bottlenecks (MobileNet, EfficientNet) lose their place in
+        # 8 bits: the sample model's boxes move by 0.35 px instead of 0.07 (benchmarks/bf16_accuracy.py).
+        is_thin = any(isinstance(module, _BatchNorm) for module in self.modules())
+        return is_thin and not isinstance(self.body, StripMLPBackbone)
+
     def train(self, mode: bool = True) -> Backbone:
         """Switch between training and evaluation; batch normalisation stays in evaluation."""
         super().train(mode)
@@ -124,6 +140,13 @@ class Backbone(nn.Module):
             if isinstance(module, _BatchNorm):
                 module.eval()
         return self
+
+
+def _prefers_channels_last(images: Tensor) -> bool:
+    """Whether convolutions of these images are faster with the channels last in memory."""
+    if images.device.type == "cuda":  # tensor cores of half precision want them there; float32 kernels do not
+        return images.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled("cuda")
+    return images.device.type == "cpu"
 
 
 def build_backbone(config: ModelConfig) -> Backbone:
@@ -209,6 +232,7 @@ def _timm(name: str, config: ModelConfig) -> Backbone:
     if is_resnet:
         body = freeze_batch_norm_2d(body)
     _freeze(body, max(config.backbone_frozen_stride, 4 if is_resnet else 0))
+    fold_batch_norms(body)
     return Backbone(
         body,
         body.feature_info.channels(),

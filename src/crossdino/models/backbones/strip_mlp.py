@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from crossdino.errors import InputError
+from crossdino.models.backbones import strip_mlp_inference
 from crossdino.models.backbones.clap import WindowGrid
 
 # embed_dim and depths of the published variants.
@@ -80,17 +81,17 @@ class GroupStripMixing(nn.Module):
         parts = (-1, self.num_groups)
 
         # As channels of the grouped convolution: (group, column); its rows are the parts, its columns the map's rows.
-        rows = (x + self._position(self.row_position)).unflatten(1, parts).permute(0, 2, 4, 1, 3).flatten(1, 2)
+        rows = (x + self.position(self.row_position)).unflatten(1, parts).permute(0, 2, 4, 1, 3).flatten(1, 2)
         rows = self.row_mixing(rows).unflatten(1, (self.num_groups, window)).permute(0, 3, 1, 4, 2).flatten(1, 2)
 
         x = functional.gelu(self.norm(self.fuse(torch.cat([rows, x], dim=1))))
 
         # The same with (group, row) as channels.
-        columns = (x + self._position(self.column_position)).unflatten(1, parts).permute(0, 2, 3, 1, 4).flatten(1, 2)
+        columns = (x + self.position(self.column_position)).unflatten(1, parts).permute(0, 2, 3, 1, 4).flatten(1, 2)
         columns = self.column_mixing(columns).unflatten(1, (self.num_groups, window)).permute(0, 3, 1, 2, 4)
         return columns.reshape(num_maps, channels, window, window)
 
-    def _position(self, table: Tensor) -> Tensor:
+    def position(self, table: Tensor) -> Tensor:
         """(channels, window, window): at row i, column j the table's entry for the distance j - i."""
         return table[self.distance].permute(2, 0, 1)
 
@@ -153,10 +154,13 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise maps (N, H, W, channels)."""
-        energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
-        share = energy / (energy.mean(dim=-1, keepdim=True) + 1e-6)
+        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
         # gamma * (x * share) + beta + x with one product over the map.
-        return torch.addcmul(self.beta, x, 1 + self.gamma * share)
+        return torch.addcmul(self.beta, x, self.gate(norm))
+
+    def gate(self, norm: Tensor) -> Tensor:
+        """The factor of each channel, from the norms (..., channels) over an image's map."""
+        return 1 + self.gamma * (norm / (norm.mean(dim=-1, keepdim=True) + 1e-6))
 
 
 class ChannelMixing(nn.Module):
@@ -190,6 +194,8 @@ class StripMLPBlock(nn.Module):
 
     def forward(self, x: Tensor, grid: WindowGrid) -> Tensor:
         """Process maps (N, channels, H, W); `grid` lays this stage's windows on (H, W)."""
+        if strip_mlp_inference.suits(self, x):
+            return strip_mlp_inference.process(self, x, grid)
         x = x + self.drop_path(self.token_mixing(x, grid))
         return x + self.drop_path(self.channel_mixing(x))
 
