@@ -105,3 +105,29 @@ def test_a_crowded_image_is_matched_in_pieces_with_the_same_result(monkeypatch):
         for name in ("image", "query", "target"):
             assert torch.equal(getattr(one, name), getattr(other, name))
     assert (whole[0].image == 0).sum() == 13 and (whole[0].image == 1).sum() == 5
+
+
+def test_layers_of_different_sizes_in_one_call_are_matched_as_if_alone():
+    generator = torch.Generator().manual_seed(5)
+    layers = [random_layer(3, size, 4, generator) for size in (9, 4, 12)]
+    targets = [random_target(n, 4, generator) for n in (2, 0, 7)]  # fewer and more objects than classes
+    for layer, match in zip(layers, match_layers(layers, targets, LossConfig()), strict=True):
+        (alone,) = match_layers([layer], targets, LossConfig())
+        for name in ("image", "query", "target"):
+            assert torch.equal(getattr(match, name), getattr(alone, name))
+
+
+def test_threads_find_the_same_pairs(monkeypatch):
+    generator = torch.Generator().manual_seed(6)
+    layers = [random_layer(2, 60, 3, generator) for _ in range(4)]
+    targets = [random_target(n, 3, generator) for n in (45, 30)]
+    pools = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    original = matcher.ThreadPoolExecutor
+    monkeypatch.setattr(matcher, "ThreadPoolExecutor", lambda number: pools.append(number) or original(number))
+    alone = match_layers(layers, targets, LossConfig())
+    assert not pools
+    monkeypatch.setattr(matcher, "_OBJECTS_FOR_THREADS", 40)
+    for one, other in zip(alone, match_layers(layers, targets, LossConfig()), strict=True):
+        assert torch.equal(one.query, other.query) and torch.equal(one.target, other.target)
+    assert pools == [3]

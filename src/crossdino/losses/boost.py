@@ -35,6 +35,26 @@ def boost_weight(size: Tensor, log_p: Tensor, beta: float, gamma: float) -> Tens
     return (-torch.expm1(beta * log_cs)).clamp(min=1e-6) ** gamma
 
 
+def positive_loss(
+    log_p: Tensor, pred_size: Tensor, target_size: Tensor, *, alpha: float, gamma: float, beta: float
+) -> Tensor:
+    """What a prediction's class of the matched object adds to the Boost loss (Eq. 5).
+
+    Args:
+        log_p: logarithm of the predicted probability of that class, <= 0.
+        pred_size: as in `boost_loss`, same shape.
+        target_size: as in `boost_loss`, same shape.
+        alpha: as in `boost_loss`.
+        gamma: as in `boost_loss`.
+        beta: as in `boost_loss`.
+
+    Returns:
+        Not negative, same shape.
+    """
+    weight = boost_weight(pred_size.detach(), log_p, beta, gamma)
+    return alpha * weight * target_size.float().clamp(_SMALLEST_SIZE, 1.0) ** beta * -log_p
+
+
 def boost_loss(
     pred_logits: Tensor,
     labels: Tensor,
@@ -65,8 +85,7 @@ def boost_loss(
     matched = labels >= 0
     column = labels.clamp(min=0)[..., None]
     log_p = -F.softplus(-logits.gather(-1, column)[..., 0])
-    weight = boost_weight(pred_size.detach(), log_p, beta, gamma)
-    positive = alpha * weight * target_size.float().clamp(_SMALLEST_SIZE, 1.0) ** beta * -log_p
+    positive = positive_loss(log_p, pred_size, target_size, alpha=alpha, gamma=gamma, beta=beta)
     at_label = torch.where(matched, positive, negative.gather(-1, column)[..., 0])
     return negative.scatter(-1, column, at_label[..., None])
 

@@ -7,15 +7,16 @@ punishment for a while, which costs little; matching knows nothing of regions, b
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from crossdino.config import LossConfig
-from crossdino.losses.boost import boost_loss, focal_loss
+from crossdino.losses.classification import classification_loss
 from crossdino.losses.giou import generalized_iou
 from crossdino.losses.ignore import ignored_classes
-from crossdino.losses.matcher import match_layers
+from crossdino.losses.matcher import Match, match_layers
 from crossdino.structures import DenoisingOutput, DetectorOutput, LayerOutput, Target
 
 
@@ -48,117 +49,81 @@ class Criterion(nn.Module):
         if num_boxes is None:
             num_boxes = max(1, sum(len(target.labels) for target in targets))
         normaliser = torch.as_tensor(num_boxes, dtype=torch.float32, device=output.pred_logits.device)
-        layers = [*output.aux_outputs, LayerOutput(output.pred_logits, output.pred_boxes)]
-        supervised = layers if output.encoder_output is None else [*layers, output.encoder_output]
+        decoder = [*output.aux_outputs, LayerOutput(output.pred_logits, output.pred_boxes)]
+        encoder = [] if output.encoder_output is None else [output.encoder_output]
         noisy = [] if output.denoising is None else output.denoising.layers
-        matches = match_layers(supervised, targets, self.loss)
-        ignored = self._ignored([*supervised, *noisy], targets)
-        labels = torch.cat([target.labels for target in targets])
-        boxes = torch.cat([target.boxes_cxcywh for target in targets])
+        # All places side by side, so that what follows is done once: P predictions an image.
+        places = [*decoder, *encoder, *noisy]
+        pred_logits = torch.cat([place.pred_logits for place in places], dim=1)
+        pred_boxes = torch.cat([place.pred_boxes for place in places], dim=1).float()
+        matches = match_layers([*decoder, *encoder], targets, self.loss)
+        objects, weights = _assigned(places, matches, output.denoising, targets)
+        losses = self._losses(pred_logits, pred_boxes, objects, targets)
 
-        zero = output.pred_logits.new_zeros((), dtype=torch.float32)
-        parts = {"class": zero, "l1": zero, "giou": zero, "encoder": zero, "denoising": zero}
-        for place, (layer, match) in enumerate(zip(supervised, matches, strict=True)):
-            flat = LayerOutput(layer.pred_logits.flatten(0, 1), layer.pred_boxes.flatten(0, 1))
-            rows = match.image * layer.pred_logits.shape[1] + match.query
-            hidden = None if ignored is None else ignored[place].flatten(0, 1)
-            losses = self._losses(flat, rows, labels[match.target], boxes[match.target], normaliser, hidden)
-            if place < len(layers):
-                for name, value in losses.items():
-                    parts[name] = parts[name] + value
-            else:
-                parts["encoder"] = zero + sum(losses.values())
-        if output.denoising is not None:
-            hidden = None if ignored is None else ignored[len(supervised) :]
-            counts = [len(target.labels) for target in targets]
-            parts["denoising"] = self._denoising_loss(output.denoising, counts, labels, boxes, normaliser, hidden)
-        return {"loss": zero + sum(parts.values()), **parts}
-
-    def _ignored(self, layers: list[LayerOutput], targets: list[Target]) -> list[Tensor] | None:
-        """For every layer at which classes its predictions are no negatives, (N, Q, K) bool."""
-        boxes = [layer.pred_boxes.detach() for layer in layers]
-        num_classes = layers[0].pred_logits.shape[-1]
-        ignored = ignored_classes(torch.cat(boxes, dim=1), targets, num_classes, self.loss.ignore_overlap)
-        return None if ignored is None else list(ignored.split([one.shape[1] for one in boxes], dim=1))
+        sizes = [sum(place.pred_logits.shape[1] for place in group) for group in (decoder, encoder, noisy)]
+        sums = [[part.sum() for part in (loss * weights).sum(0).split(sizes)] for loss in losses]
+        factors = (self.loss.class_weight, self.loss.l1_weight, self.loss.giou_weight)
+        table = [[factor * part / normaliser for part in row] for factor, row in zip(factors, sums, strict=True)]
+        parts = {name: row[0] for name, row in zip(("class", "l1", "giou"), table, strict=True)}
+        parts |= {name: torch.stack([row[i] for row in table]).sum() for i, name in ((1, "encoder"), (2, "denoising"))}
+        return {"loss": torch.stack(list(parts.values())).sum(), **parts}
 
     def _losses(
-        self,
-        predictions: LayerOutput,
-        rows: Tensor,
-        labels: Tensor,
-        boxes: Tensor,
-        normaliser: Tensor,
-        ignored: Tensor | None,
-        weights: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Weighted losses of one place.
+        self, pred_logits: Tensor, pred_boxes: Tensor, objects: Tensor, targets: list[Target]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Classification, L1 and GIoU loss of every prediction, each (N, P) float32.
 
         Args:
-            predictions: (M, K) and (M, 4), all images together.
-            rows: (P,) int64, the predictions that have an object; the others are negatives.
-            labels: (P,) of these objects.
-            boxes: (P, 4) of these objects.
-            normaliser: what the sums are divided by.
-            ignored: (M, K) bool, where a prediction is no negative, or None.
-            weights: (M,) of the predictions, or None for 1.
+            pred_logits: (N, P, K).
+            pred_boxes: (N, P, 4) float32.
+            objects: (N, P) int64, the prediction's object among all objects of the batch, -1 for a negative.
+            targets: N targets.
         """
-        matched_boxes = predictions.pred_boxes[rows].float()
-        target_labels = torch.full((len(predictions.pred_logits),), -1, dtype=torch.int64, device=boxes.device)
-        target_labels[rows] = labels
-        if self.loss.classification == "focal":
-            classification = focal_loss(
-                predictions.pred_logits, target_labels, alpha=self.loss.alpha, gamma=self.loss.gamma
-            )
-        else:
-            pred_size = predictions.pred_boxes.detach().float()[..., 2:].prod(-1).sqrt()
-            target_size = torch.ones_like(pred_size)
-            target_size[rows] = boxes[:, 2:].prod(-1).sqrt()
-            classification = boost_loss(
-                predictions.pred_logits,
-                target_labels,
-                pred_size,
-                target_size,
-                alpha=self.loss.alpha,
-                gamma=self.loss.gamma,
-                beta=self.loss.beta,
-            )
-        if ignored is not None:
-            # What was matched stays a positive of its class.
-            ignored = ignored.index_put((rows, labels), torch.zeros((), dtype=torch.bool, device=ignored.device))
-            classification = classification.masked_fill(ignored, 0.0)
-        l1 = (matched_boxes - boxes).abs()
-        giou = 1 - generalized_iou(matched_boxes, boxes)
-        if weights is not None:
-            classification = classification * weights[:, None]
-            l1 = l1 * weights[rows, None]
-            giou = giou * weights[rows]
-        return {
-            "class": self.loss.class_weight * classification.sum() / normaliser,
-            "l1": self.loss.l1_weight * l1.sum() / normaliser,
-            "giou": self.loss.giou_weight * giou.sum() / normaliser,
-        }
+        # One more object at the end, which is where -1 points to: the background.
+        nothing = Target(pred_boxes.new_full((1, 4), 0.5), objects.new_full((1,), -1))
+        labels = torch.cat([target.labels for target in (*targets, nothing)])[objects]
+        boxes = torch.cat([target.boxes_cxcywh for target in (*targets, nothing)])[objects]
+        matched = objects >= 0
+        ignored = ignored_classes(pred_boxes.detach(), targets, pred_logits.shape[-1], self.loss.ignore_overlap)
+        # Background is given the box it ought to have, so that no gradient of it can become NaN.
+        pred_boxes = torch.where(matched[..., None], pred_boxes, boxes)
+        l1 = (pred_boxes - boxes).abs().sum(-1)
+        giou = torch.where(matched, 1 - generalized_iou(pred_boxes, boxes), 0.0)
+        boost = self.loss.classification == "boost"
+        pred_size, target_size = (
+            (some[..., 2] * some[..., 3]).sqrt() if boost else torch.ones_like(l1)
+            for some in (pred_boxes.detach(), boxes)
+        )
+        classification = classification_loss(
+            pred_logits.flatten(0, 1),
+            labels.flatten(),
+            pred_size.flatten(),
+            target_size.flatten(),
+            None if ignored is None else ignored.flatten(0, 1),
+            alpha=self.loss.alpha,
+            gamma=self.loss.gamma,
+            beta=self.loss.beta if boost else 1.0,
+        )
+        return classification.view_as(l1), l1, giou
 
-    def _denoising_loss(
-        self,
-        denoising: DenoisingOutput,
-        counts: list[int],
-        labels: Tensor,
-        boxes: Tensor,
-        normaliser: Tensor,
-        ignored: list[Tensor] | None,
-    ) -> Tensor:
-        """The denoising queries need no matching, they know their objects; `counts` are the images' objects."""
-        image, slot = (denoising.objects >= 0).nonzero(as_tuple=True)
-        first = torch.tensor([sum(counts[:i]) for i in range(len(counts))], device=boxes.device)
-        rows = denoising.positive[image, slot].nonzero()[:, 0]
-        target = (denoising.objects[image, slot] + first[image])[rows]
-        weights = 1 / denoising.num_copies[image]
-        total = boxes.new_zeros(())
-        for number, layer in enumerate(denoising.layers):
-            filled = LayerOutput(layer.pred_logits[image, slot], layer.pred_boxes[image, slot])
-            hidden = None if ignored is None else ignored[number][image, slot]
-            arguments = (filled, rows, labels[target], boxes[target], normaliser, hidden, weights)
-            # Crowded images have many denoising queries, and the loss has a dozen intermediate results of that size.
-            losses = checkpoint(self._losses, *arguments, use_reentrant=False, preserve_rng_state=False)
-            total = total + sum(losses.values())
-        return total
+
+def _assigned(
+    places: list[LayerOutput], matches: list[Match], denoising: DenoisingOutput | None, targets: list[Target]
+) -> tuple[Tensor, Tensor]:
+    """The object of every prediction, as `Criterion._losses` wants it, and the weight of its loss, both (N, P)."""
+    device = places[0].pred_logits.device
+    starts = list(accumulate((place.pred_logits.shape[1] for place in places[: len(matches)]), initial=0))
+    image = torch.cat([match.image for match in matches])
+    column = torch.cat([start + match.query for start, match in zip(starts, matches, strict=False)])
+    objects = torch.full((len(targets), starts[-1]), -1, dtype=torch.int64, device=device)
+    objects[image, column] = torch.cat([match.target for match in matches])
+    weights = torch.ones(objects.shape, device=device)
+    if denoising is None:
+        return objects, weights
+    # The denoising queries need no matching, they know their objects; empty slots count nothing.
+    filled = denoising.objects >= 0
+    first = torch.tensor(list(accumulate((len(target.labels) for target in targets[:-1]), initial=0)), device=device)
+    known = torch.where(filled & denoising.positive, denoising.objects + first[:, None], -1)
+    shares = torch.where(filled, 1 / denoising.num_copies[:, None], 0.0)
+    copies = len(denoising.layers)
+    return torch.cat((objects, known.repeat(1, copies)), dim=1), torch.cat((weights, shares.repeat(1, copies)), dim=1)

@@ -27,15 +27,16 @@ def covered_area(boxes_xyxy: Tensor, regions_xyxy: Tensor) -> Tensor:
         (P,) float32.
     """
     parts, inside = [], []
+    # Boxes run along the last dimension, the long one: there are few regions.
+    box_sides, region_sides = boxes_xyxy.T.contiguous(), regions_xyxy.T
     for axis in (0, 1):
-        low, high = regions_xyxy[:, axis], regions_xyxy[:, axis + 2]
+        low, high = region_sides[axis], region_sides[axis + 2]
         edges = torch.cat((low, high)).sort().values
-        begin, end = edges[:-1], edges[1:]
-        inside.append(((low <= begin[:, None]) & (end[:, None] <= high)).float())
-        box_low, box_high = boxes_xyxy[:, axis, None], boxes_xyxy[:, axis + 2, None]
-        parts.append((torch.minimum(box_high, end) - torch.maximum(box_low, begin)).clamp(min=0))
-    cells = (inside[0] @ inside[1].T > 0).float()
-    return (parts[0] @ cells * parts[1]).sum(-1)
+        begin, end = edges[:-1, None], edges[1:, None]
+        inside.append(((low <= begin) & (end <= high)).float())  # (cells of this axis, m)
+        parts.append((torch.minimum(box_sides[axis + 2], end) - torch.maximum(box_sides[axis], begin)).clamp(min=0))
+    cells = (inside[1] @ inside[0].T > 0).float()
+    return (cells @ parts[0] * parts[1]).sum(0)
 
 
 @torch.no_grad()

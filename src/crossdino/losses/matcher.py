@@ -1,12 +1,13 @@
-"""Hungarian matching of predictions and objects (DINO), all supervised layers with one copy from the device.
+"""Hungarian matching of predictions and objects (DINO), all supervised layers with one copy from the device and back.
 
 Cost: focal-style class cost, L1 and GIoU. Images are matched in blocks of their own, so memory grows with the sum of
 the objects and not with images times the fullest one; the costs are all that is kept, their ingredients are computed
-for some predictions at a time.
+for some predictions at a time, whatever layer they are of.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +20,10 @@ from crossdino.config import LossConfig
 from crossdino.losses.giou import generalized_iou
 from crossdino.structures import LayerOutput, Target
 
-# Pairs whose cost is computed at once: about 20 MB of intermediate results.
+# Pairs whose cost is computed at once: about 10 MB of intermediate results.
 _PAIRS_AT_ONCE = 1 << 18
+# From so many objects in an image on, an assignment takes so long (4 ms against 900 queries) that threads pay.
+_OBJECTS_FOR_THREADS = 400
 
 
 @dataclass
@@ -40,15 +43,23 @@ class Match:
 
 def matching_cost(pred_logits: Tensor, pred_boxes: Tensor, target: Target, loss: LossConfig) -> Tensor:
     """Cost of giving each object of one image to each of its predictions, (Q, K) and (Q, 4): (Q, n) float32."""
-    logits = pred_logits.float()
-    # DINO's class cost, alpha (1-p)^gamma (-log p) - (1-alpha) p^gamma (-log(1-p)). Its alpha 0.25 and gamma 2 stay
-    # whatever the classification loss uses.
-    p = logits.sigmoid()
-    class_cost = 0.25 * (1 - p) ** 2 * F.softplus(-logits) - 0.75 * p**2 * F.softplus(logits)
-    boxes = pred_boxes.float()
+    logits, boxes = pred_logits.float(), pred_boxes.float()
+    if len(target.labels) < logits.shape[1]:
+        class_cost = _class_cost(logits.index_select(1, target.labels))
+    else:  # more objects than classes: every class once
+        class_cost = _class_cost(logits).index_select(1, target.labels)
     l1_cost = torch.cdist(boxes, target.boxes_cxcywh, p=1)
-    giou_cost = -generalized_iou(boxes[:, None], target.boxes_cxcywh[None])
-    return loss.class_cost * class_cost[:, target.labels] + loss.l1_cost * l1_cost + loss.giou_cost * giou_cost
+    giou = generalized_iou(boxes[:, None], target.boxes_cxcywh[None])
+    return class_cost.mul_(loss.class_cost).add_(l1_cost, alpha=loss.l1_cost).sub_(giou, alpha=loss.giou_cost)
+
+
+def _class_cost(logits: Tensor) -> Tensor:
+    """DINO's class cost, alpha (1-p)^gamma (-log p) - (1-alpha) p^gamma (-log(1-p)), of each logit.
+
+    Its alpha 0.25 and gamma 2 stay whatever the classification loss uses.
+    """
+    p = logits.sigmoid()
+    return 0.25 * (1 - p) ** 2 * F.softplus(-logits) - 0.75 * p**2 * F.softplus(logits)
 
 
 @torch.no_grad()
@@ -66,33 +77,41 @@ def match_layers(layers: list[LayerOutput], targets: list[Target], loss: LossCon
         A Match a layer, on the device of the outputs.
     """
     device = layers[0].pred_logits.device
+    sizes = [layer.pred_logits.shape[1] for layer in layers]
     counts = [len(target.labels) for target in targets]
-    flat = torch.empty(sum(layer.pred_logits.shape[1] for layer in layers) * sum(counts), device=device)
-    start = 0
-    for layer in layers:
-        for image, target in enumerate(targets):
-            step = max(1, _PAIRS_AT_ONCE // max(1, counts[image]))
-            for logits, boxes in zip(
-                layer.pred_logits[image].split(step), layer.pred_boxes[image].split(step), strict=True
-            ):
-                cost = matching_cost(logits, boxes, target, loss).flatten()
-                flat[start : start + len(cost)] = cost
-                start += len(cost)
+    costs = torch.empty(sum(sizes) * sum(counts), device=device)
+    for image, block in enumerate(costs.split([sum(sizes) * count for count in counts])):
+        if not counts[image]:
+            continue
+        logits = torch.cat([layer.pred_logits[image] for layer in layers])
+        boxes = torch.cat([layer.pred_boxes[image] for layer in layers])
+        step = max(1, _PAIRS_AT_ONCE // counts[image])
+        for rows, some_logits, some_boxes in zip(
+            block.view(-1, counts[image]).split(step), logits.split(step), boxes.split(step), strict=True
+        ):
+            rows.copy_(matching_cost(some_logits, some_boxes, targets[image], loss))
     # Predictions that are not finite must not stop the matching: the loss is not finite then, and the trainer says so.
-    flat = flat.nan_to_num_(nan=1e6, posinf=1e6, neginf=-1e6).cpu().numpy()
+    on_host = costs.nan_to_num_(nan=1e6, posinf=1e6, neginf=-1e6).cpu()
+    problems: list[np.ndarray] = []  # image after image, within it layer after layer
+    for count, block in zip(counts, on_host.split([sum(sizes) * count for count in counts]), strict=True):
+        problems += [one.numpy() for one in block.view(sum(sizes), count).split(sizes)]
+    pairs = _solve(problems)
+
     offsets = np.cumsum([0, *counts])
-    start = 0
-    matches = []
-    for layer in layers:
-        images, queries, objects = [], [], []
-        for image, count in enumerate(counts):
-            size = layer.pred_logits.shape[1] * count
-            rows, columns = linear_sum_assignment(flat[start : start + size].reshape(-1, max(1, count))[:, :count])
-            start += size
-            images.append(np.full(len(rows), image))
-            queries.append(rows)
-            objects.append(columns + offsets[image])
-        # One small copy to the device for all three.
-        pairs = torch.from_numpy(np.stack([np.concatenate(x) for x in (images, queries, objects)]).astype(np.int64))
-        matches.append(Match(*pairs.to(device, non_blocking=True)))
-    return matches
+    found: list[np.ndarray] = []
+    for number in range(len(layers)):
+        for image, (queries, objects) in enumerate(pairs[number :: len(layers)]):
+            found.append(np.stack((np.full(len(queries), image), queries, objects + offsets[image])))
+    # One small copy to the device for all layers.
+    together = torch.from_numpy(np.concatenate(found, axis=1)).to(device, non_blocking=True)
+    lengths = [sum(len(queries) for queries, _ in pairs[number :: len(layers)]) for number in range(len(layers))]
+    return [Match(*part) for part in together.split(lengths, dim=1)]
+
+
+def _solve(problems: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The assignments of least cost, each alone: the same ones with and without threads."""
+    if max(problem.shape[1] for problem in problems) < _OBJECTS_FOR_THREADS or torch.get_num_threads() == 1:
+        return [linear_sum_assignment(problem) for problem in problems]
+    # SciPy computes without Python's lock.
+    with ThreadPoolExecutor(min(torch.get_num_threads(), len(problems))) as pool:
+        return list(pool.map(linear_sum_assignment, problems))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import pickle
 from collections.abc import Iterator
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from crossdino.config import from_dict, to_dict
 from crossdino.errors import InputError
@@ -59,12 +57,7 @@ def lost_process(error: RuntimeError, accelerator: Accelerator, output: str) -> 
     raise error
 
 
-def is_finite(value: Tensor) -> bool:
-    """Whether a scalar is neither NaN nor infinite."""
-    return math.isfinite(float(value.detach()))
-
-
-def failure(what: str, value: Tensor, run: Run, batches: list[Batch]) -> InputError:
+def failure(what: str, value: float, run: Run, batches: list[Batch]) -> InputError:
     """The error for a loss or gradient that is not finite; a file that reproduces it is written."""
     state, settings = run.state, run.config.training
     names = {record.image_id: record.path for record in run.train_index.records}
@@ -89,7 +82,7 @@ def failure(what: str, value: Tensor, run: Run, batches: list[Batch]) -> InputEr
         torch.save(content, partial)
     slower = "" if settings.precision == "fp32" else " or set training.precision fp32"
     return InputError(
-        f"the {what} is {float(value.detach())} at step {state.step + 1} (epoch {state.epoch + 1}); its images: "
+        f"the {what} is {value} at step {state.step + 1} (epoch {state.epoch + 1}); its images: "
         + ", ".join(f"{names[image_id].name} (id {image_id})" for image_id in ids)
         + f"; {path} holds the batch and the weights (crossdino.training.replay_failure computes it again), last/ the "
         f"state before: check these images' boxes, lower training.learning_rate{slower}"

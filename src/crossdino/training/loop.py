@@ -61,7 +61,6 @@ from crossdino.training.failures import (
     TrainingInterrupted,
     deterministic,
     failure,
-    is_finite,
     lost_process,
 )
 from crossdino.training.run import Run, sum_over_processes
@@ -238,7 +237,8 @@ def _train(
             console.print(evaluations_table(state.evaluations))
         console.print(
             f"{run.epochs_done:g} epochs, {state.step} updates in {duration(state.seconds)}{reason}\n"
-            f"weights: {output / 'best'}\ncurves:  {output / CURVES_FILE}\n"
+            + (f"speed:   {run.log.speed()}\n" if run.log.speed() else "")
+            + f"weights: {output / 'best'}\ncurves:  {output / CURVES_FILE}\n"
             f"to use them: crossdino predict --weights {output / 'best'} IMAGE --output DIR",
             soft_wrap=True,
         )
@@ -340,6 +340,7 @@ def _train_epoch(run: Run) -> bool:
             normaliser = max(num_boxes, 1.0) / world
             seed_everything(settings.seed, state.step, rank)
             totals: dict[str, Tensor] = {}
+            summed: list[Tensor] = []
             for number, batch in enumerate(batches, start=1):
                 # Gradients of several processes are averaged once, with the last micro-batch.
                 waits = number < len(batches)
@@ -348,15 +349,14 @@ def _train_epoch(run: Run) -> bool:
                         predicted = state.model(batch.images, batch.padding_mask, batch.targets)
                     timer.lap("forward")
                     losses = run.criterion(predicted, batch.targets, normaliser)
-                    if not is_finite(losses["loss"]):
-                        raise failure("loss", losses["loss"], run, batches)
                     timer.lap("loss")
                     state.scaler.scale(losses["loss"]).backward()
                     timer.lap("backward")
+                summed.append(losses["loss"].detach())
                 for name, value in losses.items():
                     totals[name] = totals[name] + value.detach() if name in totals else value.detach()
             log.add(totals, int(num_images))
-            _update(run, batches)
+            _update(run, batches, summed)
             state.step += 1
             state.images_in_epoch += images_per_step * world
             timer.lap("optimizer")
@@ -376,11 +376,22 @@ def _train_epoch(run: Run) -> bool:
     return False
 
 
-def _update(run: Run, batches: list[Batch]) -> None:
-    """One step of the optimiser and of the average, unless the gradients are not finite."""
-    settings, state = run.config.training, run.state
-    norm = clip_gradients(state, settings)
-    finite = is_finite(norm)
+def _update(run: Run, batches: list[Batch], losses: list[Tensor]) -> None:
+    """One step of the optimiser and of the average, unless the losses or gradients are not finite."""
+    settings, state, accelerator = run.config.training, run.state, run.accelerator
+    # All that must be known of the numbers on the device is read here, so that a step waits for it once.
+    norm, *values = torch.stack([clip_gradients(state, settings), *losses]).tolist()
+    bad_losses = [value for value in values if not math.isfinite(value)]
+    finite = math.isfinite(norm)
+    # The gradients are those of all processes by now, so all of them come here.
+    elsewhere = not finite and sum_over_processes([float(len(bad_losses))], accelerator)[0] > 0
+    if bad_losses:
+        raise failure("loss", bad_losses[0], run, batches)
+    if elsewhere:
+        raise InputError(
+            f"process {accelerator.process_index} of {accelerator.num_processes}: the loss of another process is not "
+            f"finite at step {state.step + 1}; its own output says why"
+        )
     state.skipped_updates = 0 if finite else state.skipped_updates + 1
     if not finite and (settings.precision != "fp16" or state.skipped_updates > _MAX_SKIPPED_UPDATES):
         raise failure("gradient", norm, run, batches)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from crossdino.config import TrainingConfig
 from crossdino.models.detector import CrossDINO
@@ -49,17 +49,27 @@ def parameter_groups(model: CrossDINO, settings: TrainingConfig) -> list[dict[st
     return [{"params": list(group), "lr": rate, "initial_lr": rate} for group, rate in rates if group]
 
 
-def averaging(decay: float) -> Callable[[Any, Any, Any], None]:
-    """The update of the exponential moving average, for `AveragedModel`.
+class WeightAverage(AveragedModel):
+    """The exponential moving average of a model's weights; its buffers are the model's own.
 
     The decay rises as (1 + n) / (10 + n) to its value, so that a short training is not dominated by its first weights.
+
+    Args:
+        model: what is averaged; the average begins as its copy.
+        decay: weight of the average against the present weights, in [0, 1).
     """
 
-    @torch.no_grad()
-    def update(averaged: Iterable[Tensor], current: Iterable[Tensor], num_averaged: Tensor | int) -> None:
-        count = int(num_averaged)
-        weight = 1.0 - min(decay, (1.0 + count) / (10.0 + count))
-        for mean, value in zip(averaged, current, strict=True):
-            mean.lerp_(value.to(mean.dtype), weight)
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model)
+        self.decay = decay
+        self.requires_grad_(False)
 
-    return update
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take the present weights in; all at once, and without asking the device how many updates there were."""
+        count = int(self.n_averaged)  # counted on the host
+        decay = min(self.decay, (1.0 + count) / (10.0 + count)) if count else 0.0
+        get_ema_multi_avg_fn(decay)(list(self.module.parameters()), list(model.parameters()), count)
+        for own, present in zip(self.module.buffers(), model.buffers(), strict=True):
+            own.copy_(present)
+        self.n_averaged += 1

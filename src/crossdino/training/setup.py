@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from torch.optim.swa_utils import AveragedModel
 
 from crossdino.checkpoints import start_from
 from crossdino.config import Config, InferenceConfig, TrainingConfig, from_dict, read_yaml
@@ -25,7 +24,7 @@ from crossdino.evaluation.average_precision import evaluate_detections
 from crossdino.models.detector import CrossDINO
 from crossdino.run_folder import CONFIG_FILE, TrainingState
 from crossdino.tracking import check_trackers
-from crossdino.training.schedule import averaging, epoch_order, parameter_groups
+from crossdino.training.schedule import WeightAverage, epoch_order, parameter_groups
 from crossdino.visualization import draw_batch
 from crossdino.writing import written_whole
 
@@ -289,20 +288,27 @@ def prepare_state(model: CrossDINO, settings: TrainingConfig, accelerator: Accel
     model.to(accelerator.device)
     if accelerator.device.type == "cpu":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # what CPU convolutions want
-    ema = None
-    if settings.ema_decay > 0:
-        ema = AveragedModel(model, multi_avg_fn=averaging(settings.ema_decay))
-        ema.requires_grad_(False)
-    # The fused update is the fast one on a GPU, and several times slower than the plain one on a CPU.
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, settings),
-        weight_decay=settings.weight_decay,
-        fused=accelerator.device.type == "cuda",
-    )
+    ema = WeightAverage(model, settings.ema_decay) if settings.ema_decay > 0 else None
+    # One pass over the weights: on two cores 0.4 of the plain update's time for 47M parameters, 0.2 for 0.6M.
+    fused = accelerator.device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings), weight_decay=settings.weight_decay, fused=fused)
+    optimizer.register_load_state_dict_post_hook(_lay_out_as_weights)
     if settings.compile:
         model.compile(dynamic=True)
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=settings.precision == "fp16")
     return TrainingState(model, accelerator.prepare(model), ema, optimizer, scaler)
+
+
+def _lay_out_as_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Give loaded moments the memory layout of their weights.
+
+    The fused update goes through memory, not through indices, and on a CPU nothing says when the two differ, as they do
+    when a training that began on a GPU goes on without one.
+    """
+    for weight, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if value.shape == weight.shape:
+                moments[name] = torch.empty_like(weight).copy_(value)
 
 
 def seed_everything(*numbers: int) -> None:
