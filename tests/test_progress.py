@@ -271,6 +271,33 @@ def test_table_of_the_evaluations(tmp_path):
     assert not [file.name for file in tmp_path.iterdir() if file.name not in ("log.jsonl", "metrics.csv")]
 
 
+def test_table_has_the_speed_of_each_epoch(tmp_path, clock):
+    timer = StepTimer(CPU)
+    log = TrainingLog(tmp_path / "log.jsonl", clock.now, lambda tensor: tensor, timer, Trackers([]))
+    assert log.speed() == ""
+    step = 0
+    for epoch, data in enumerate((100.0, 900.0)):
+        for count in (3, 1):  # records of three steps and of one
+            for _ in range(count):
+                step += 1
+                log.add(losses(1.0), 2)
+                make_step(timer, clock, 2, data=data * count, forward=100)
+            log.write_training(step, epoch, 1e-4)
+    write_metrics_csv(tmp_path / "log.jsonl", tmp_path / "metrics.csv")
+    rows = table(tmp_path / "metrics.csv")
+    # Epoch 0: three steps of 300 + 100 ms and one of 100 + 100 ms, 8 images.
+    assert [row["images_per_second"] for row in rows] == [str(round(8 / 1.4, 3)), str(round(8 / 9.4, 3))]
+    assert [row["data_share"] for row in rows] == [str(round(1.0 / 1.4, 4)), str(round(9.0 / 9.4, 4))]
+    assert log.speed() == f"{16 / 10.8:.1f} images/s while training, 93 % of it waiting for data"
+    timer.start()
+    clock.now += 1
+    timer.lap("data")
+    clock.now += 3
+    timer.lap("forward")
+    timer.finish_step(1)
+    assert timer.share("data") == pytest.approx(0.25) and timer.share("loss") == 0 == timer.share("data", skip=1)
+
+
 # --- the display ---
 
 
@@ -340,6 +367,9 @@ def test_display_says_once_that_the_training_waits_for_data(clock):
     assert told([STEADY] * 30) == 0
     # Batches that come in bursts, one wait for four of them, are as bad as steady waiting.
     assert told([STEADY, *[{**STEADY, "data": 4000.0}, *[STEADY] * 3] * 4]) == 1
+    # A fifth of the time is the limit.
+    assert told([{"data": 240.0, "forward": 1000.0}] * 12) == 0
+    assert told([{"data": 260.0, "forward": 1000.0}] * 12) == 1
     # Two steps prove nothing.
     assert told([starved] * 3) == 0
 

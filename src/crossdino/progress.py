@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ _METRICS = ("ap", "ap50", "ap75")
 # Numbers are read from the device so often at most while a bar is shown: reading them waits for the device.
 _BAR_SECONDS = 0.5
 # Waiting for data for more than this share of a step, averaged over at least so many steps, is worth a word.
-_MOST_DATA_SHARE = 1 / 3
+_MOST_DATA_SHARE = 0.2
 _LEAST_STEPS = 3
 
 
@@ -36,9 +36,10 @@ class TrainingLog:
     """Averages losses and times between two records and appends records to `log.jsonl` and to the trackers.
 
     A record of kind `train` holds `step` (updates made), `epoch` (epochs finished before), `lr`, the averaged losses,
-    `ms` (milliseconds per step of each part), `images_per_second` and `memory_mb` (see `peak_memory_mb`, of the main
-    process); one of kind `eval` holds `step`, `epoch` (epochs finished) and the numbers of the evaluation. All hold
-    `seconds` since the training's start. The timer is reset with every training record.
+    `ms` (milliseconds per step of each part; `data` is waiting for the loader), `images_per_second` and `memory_mb`
+    (see `peak_memory_mb`, of the main process); one of kind `eval` holds `step`, `epoch` (epochs finished) and the
+    numbers of the evaluation. All hold `seconds` since the training's start. The timer is reset with every training
+    record.
 
     Args:
         path: the file; None on the processes that write none.
@@ -69,6 +70,8 @@ class TrainingLog:
         self._count = 0
         self.num_images = 0
         self.told_of_data = False
+        # Of all steps that are in a record: images of all processes, seconds, seconds of waiting for data.
+        self._totals = [0.0, 0.0, 0.0]
 
     def add(self, losses: Mapping[str, Tensor], num_images: int) -> None:
         """Add the losses of one step; they stay on their device."""
@@ -99,6 +102,10 @@ class TrainingLog:
         losses = self._rounded(means[: len(sums)])
         milliseconds = {name: round(value, 2) for name, value in zip(milliseconds, means[len(sums) :], strict=True)}
         speed = round(self._timer.images_per_second(), 3)
+        waiting = round(milliseconds.get("data", 0.0) / (sum(milliseconds.values()) or 1.0), 4)
+        seconds = self._timer.seconds()
+        for place, value in enumerate((self._timer.images_per_second() * seconds, seconds, waiting * seconds)):
+            self._totals[place] += value
         memory = {name: round(value, 1) for name, value in peak_memory_mb(sums.device).items()}
         self._write(
             {
@@ -119,12 +126,20 @@ class TrainingLog:
                 "train/epoch": epoch,
                 **{f"time/{name}_ms": value for name, value in milliseconds.items()},
                 "time/images_per_second": speed,
+                "time/data_share": waiting,
                 **{f"memory/{name}_mb": value for name, value in memory.items()},
             },
             step,
         )
         self._sums, self._count = {}, 0
         self._timer.reset()
+
+    def speed(self) -> str:
+        """The speed of all steps in the records of this run in words, for its end; empty before the first record."""
+        images, seconds, waited = self._totals
+        if not seconds:
+            return ""
+        return f"{images / seconds:.1f} images/s while training, {100 * waited / seconds:.0f} % of it waiting for data"
 
     def write_evaluation(self, step: int, epoch: int | float, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Append the numbers of an evaluation; returns the record."""
@@ -158,8 +173,9 @@ def write_metrics_csv(log_path: Path, csv_path: Path) -> None:
     """Write the course of a training as a table: one row per evaluation, or per epoch where there is none yet.
 
     The columns: epoch (finished ones, with the share of an unfinished one), step, seconds, lr, the losses averaged over
-    that epoch, ap, ap50, ap75, `ap_` and the name of each size band, `selected` (the number that the best checkpoint is
-    chosen by) and `is_best` (true in one row at most). What a row does not have is left empty.
+    that epoch, its images_per_second and data_share (of its time, spent waiting for data), ap, ap50, ap75, `ap_` and
+    the name of each size band, `selected` (the number that the best checkpoint is chosen by) and `is_best` (true in one
+    row at most). What a row does not have is left empty.
 
     Args:
         log_path: the run's `log.jsonl`.
@@ -180,7 +196,8 @@ def write_metrics_csv(log_path: Path, csv_path: Path) -> None:
     losses = [name for name in ("loss", *LOSS_PARTS) if any(name in record for record in records)]
     bands = _bands(rows)
     header = ["epoch", "step", "seconds", "lr", *(name if name == "loss" else f"loss_{name}" for name in losses)]
-    header += [*_METRICS, *(f"ap_{name}" for name in bands), "selected", "is_best"]
+    timed = ["images_per_second", "data_share"] if any(map(_is_timed, records)) else []
+    header += [*timed, *_METRICS, *(f"ap_{name}" for name in bands), "selected", "is_best"]
     with written_whole(csv_path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
@@ -194,6 +211,7 @@ def write_metrics_csv(log_path: Path, csv_path: Path) -> None:
                     record.get("seconds"),
                     trained[-1]["lr"] if trained else None,
                     *(_epoch_mean(trained, name, epochs) for name in losses),
+                    *(_epoch_speed(trained, epochs) if timed else ()),
                     *(record.get(name) for name in _METRICS),
                     *(by_size.get(name) for name in bands),
                     record.get("selected"),
@@ -207,12 +225,38 @@ def _epoch_mean(
 ) -> float | None:
     """The mean of a loss over an epoch's steps; a record stands for the steps since the one before."""
     total, steps = 0.0, 0
+    for record, count in _with_steps(records, epochs):
+        if name in record:
+            total += record[name] * count
+            steps += count
+    return round(total / steps, 6) if steps else None
+
+
+def _epoch_speed(
+    records: Sequence[Mapping[str, Any]], epochs: Mapping[int, Sequence[Mapping[str, Any]]]
+) -> tuple[float | None, float | None]:
+    """Images per second, and the share of waiting for data, over an epoch's steps."""
+    images = seconds = waited = 0.0
+    for record, count in _with_steps(records, epochs):
+        if _is_timed(record):
+            time_taken = count * sum(record["ms"].values()) / 1000
+            images += time_taken * record["images_per_second"]
+            seconds += time_taken
+            waited += count * record["ms"].get("data", 0.0) / 1000
+    return (round(images / seconds, 3), round(waited / seconds, 4)) if seconds else (None, None)
+
+
+def _is_timed(record: Mapping[str, Any]) -> bool:
+    return "ms" in record and "images_per_second" in record
+
+
+def _with_steps(
+    records: Sequence[Mapping[str, Any]], epochs: Mapping[int, Sequence[Mapping[str, Any]]]
+) -> Iterator[tuple[Mapping[str, Any], int]]:
+    """Each record of an epoch, and the number of steps that it stands for: those since the one before."""
     for index, record in enumerate(records):
         before = records[index - 1] if index else (epochs.get(record["epoch"]) or [{"step": 0}])[-1]
-        if name in record:
-            total += record[name] * (record["step"] - before["step"])
-            steps += record["step"] - before["step"]
-    return round(total / steps, 6) if steps else None
+        yield record, record["step"] - before["step"]
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -335,13 +379,13 @@ class EpochDisplay:
         skip = max(0, self._timer.num_steps - self.num_done + 1)
         if log.told_of_data or self._timer.num_steps - skip < _LEAST_STEPS:
             return
-        parts = self._timer.averages(skip)
-        share = parts.get("data", 0.0) / (sum(parts.values()) or 1.0)
+        share = self._timer.share("data", skip)
         if share > _MOST_DATA_SHARE:
             log.told_of_data = True
             self._console.print(
                 f"Waiting for data takes {100 * share:.0f} % of a step: set data.num_workers higher (up to the CPU "
-                "cores that are free).",
+                "cores that are free); tiles of large JPEG or PNG files are read fastest after `crossdino tile`, or "
+                "with CROSSDINO_UNPACKED set to a folder on a fast disk.",
                 soft_wrap=True,
             )
 

@@ -73,6 +73,21 @@ class StepTimer:
         names = dict.fromkeys(name for step in parts for name in step)
         return {name: sum(step.get(name, 0.0) for step in parts) / len(parts) for name in names}
 
+    def share(self, name: str, skip: int = 0) -> float:
+        """The share of the steps' time that a part takes, from 0 to 1; `data`: waiting for the loader.
+
+        Args:
+            name: of the part.
+            skip: leave out so many of the first steps since the last `reset`.
+        """
+        parts = self.averages(skip)
+        return parts.get(name, 0.0) / (sum(parts.values()) or 1.0)
+
+    def seconds(self) -> float:
+        """The steps' time since the last `reset`, from start to finish, in seconds."""
+        self._read()
+        return self._milliseconds / 1000.0
+
     def images_per_second(self) -> float:
         """Images per second of the steps' time, from start to finish; 0 before the first step."""
         self._read()

@@ -24,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from crossdino.data.images import ImageError, read_image
+from crossdino.data.images import ImageError
 from crossdino.data.index import DatasetIndex, ImageRecord
+from crossdino.data.reading import ImageReader
 from crossdino.errors import InputError
 from crossdino.parallel import in_processes
 from crossdino.tiling import Tile, tile_grid
@@ -316,19 +317,14 @@ def _claim(folder: Path, annotations: Path, settings: CutSettings, digest: str) 
 def _cut_image(task: _Task) -> tuple[int, str | None]:
     """Write the missing tiles of one image."""
     record, folder, files, settings = task
-    try:
-        image = read_image(record.path, record.apply_exif)
-    except ImageError as error:
-        return record.image_id, str(error)
-    if image.size != (record.width, record.height):
-        size = f"{image.width} x {image.height} pixels instead of {record.width} x {record.height}"
-        return record.image_id, f"image {record.path} has {size}; it was changed after the start: restore it"
-    pixels = np.asarray(image)
+    reader = ImageReader([record])
+    wanted = sum(tile.height * tile.width for _, tile in files)
     for name, tile in files:
-        shown = pixels[tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]
-        black = np.zeros((tile.height, tile.width, 3), np.uint8)
-        black[: shown.shape[0], : shown.shape[1]] = shown
-        cut = Image.fromarray(black)
+        try:
+            pixels = reader.window(0, tile, neighbours=2 * wanted > record.height * record.width)
+        except ImageError as error:
+            return record.image_id, str(error)
+        cut = Image.fromarray(pixels)
         partial = partial_path(folder / name)
         try:
             if settings.image_format == "png":

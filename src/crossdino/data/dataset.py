@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from crossdino.config import DataConfig
 from crossdino.data.augmentation import augment
 from crossdino.data.balance import RepeatFactors, repeat_factors
-from crossdino.data.images import ImageError, read_image
+from crossdino.data.images import fits_whole, too_large
 from crossdino.data.index import DatasetIndex, ImageRecord
+from crossdino.data.reading import ImageReader
 from crossdino.data.transforms import Sample, crop, normalize, resize, resize_hw, to_tensor
 from crossdino.errors import InputError
 from crossdino.structures import Batch, Target
@@ -83,13 +83,14 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         self.seed = seed
         # In shared memory, so that worker processes which live longer than an epoch see the new one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        # The last image that was read: an evaluation asks for its tiles one after the other.
-        self._last_read: tuple[int, Tensor] | None = None
+        self._reader = ImageReader(index.records)
         self._tiles: list[tuple[int, Tile]] = []
         self._tiles_of: list[range] = []
         shown: list[NDArray[np.int64]] = []
         for number, record in enumerate(index.records):
             start = len(self._tiles)
+            if not data.tile_px and not fits_whole((record.height, record.width)):
+                raise too_large(record.path)
             if data.tile_px:
                 grid = tile_grid((record.height, record.width), data.tile_px, data.tile_overlap)
                 self._tiles += [(number, tile) for tile in grid]
@@ -190,12 +191,13 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
                 moved = start + int(jitter.integers(-(size // 4), size // 4 + 1))
                 places.append(min(max(moved, 0), max(length - size, 0)))
             tile = Tile(places[0], places[1], tile.height, tile.width)
-        sample = self._read_image(number)
         hw = (min(tile.height, record.height - tile.top), min(tile.width, record.width - tile.left))
-        sample = crop(sample, tile.top, tile.left, hw, keep=self.data.tile_keep)
-        # An image that is smaller than a tile is not enlarged: objects keep their size.
-        missing = (0, tile.width - hw[1], 0, tile.height - hw[0])
-        return number, tile, dataclasses.replace(sample, image=functional.pad(sample.image, missing))
+        # The boxes are cut with an image that takes no memory; of the file only the window is read. An image that is
+        # smaller than a tile is not enlarged: objects keep their size.
+        nothing = torch.zeros((), dtype=torch.uint8).expand(3, record.height, record.width)
+        sample = crop(_with_boxes(nothing, record), tile.top, tile.left, hw, keep=self.data.tile_keep)
+        pixels = self._reader.window(number, tile, neighbours=not self.train)
+        return number, tile, dataclasses.replace(sample, image=to_tensor(pixels))
 
     def _chosen_items(self) -> NDArray[np.int64]:
         """The items of the current epoch of training."""
@@ -207,23 +209,34 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         return self._chosen[1]
 
     def _read_image(self, number: int) -> Sample:
+        """A whole image with its boxes; in training a large JPEG comes smaller, see `_shrink`."""
         record = self.index.records[number]
-        if self._last_read is None or self._last_read[0] != number:
-            image = read_image(record.path, record.apply_exif)
-            if image.size != (record.width, record.height):
-                raise ImageError(
-                    f"image {record.path} has {image.width} x {image.height} pixels instead of {record.width} x "
-                    f"{record.height}; it was changed after the start: restore it"
-                )
-            self._last_read = (number, to_tensor(image))
-        corners = record.boxes_xywh.copy()
-        corners[:, 2:] += corners[:, :2]
-        return Sample(
-            self._last_read[1],
-            torch.from_numpy(corners),
-            torch.from_numpy(record.labels),
-            torch.from_numpy(record.iscrowd),
-        )
+        shrink = self._shrink(record)
+        image = to_tensor(self._reader.whole(number, shrink))
+        sample = _with_boxes(image, record)
+        boxes = sample.boxes_xyxy * (image.shape[1] / record.height)  # an exact power of two
+        return dataclasses.replace(sample, boxes_xyxy=boxes)
+
+    def _shrink(self, record: ImageRecord) -> int:
+        """At which fraction of its size an image may be decoded: 1, 2, 4 or 8.
+
+        Only where training makes it smaller by at least twice that factor. Then the filter of the resize still averages
+        four pixels or more, and the input differs by less than a grey level on average (by 1.3 to 3 where the decoder
+        did all of it, which small objects show). Evaluations are left alone: they must see what a prediction sees.
+        """
+        data = self.data
+        if not self.train or data.mosaic > 0 or data.copy_paste > 0:  # which take windows at other scales
+            return 1
+        largest = max((*data.train_short_sides, *data.crop_short_sides))
+        factor = min(record.height, record.width) / (2 * largest)
+        return max(shrink for shrink in (1, 2, 4, 8) if shrink == 1 or shrink <= factor)
+
+
+def _with_boxes(image: Tensor, record: ImageRecord) -> Sample:
+    """An image with its boxes."""
+    corners = record.boxes_xywh.copy()
+    corners[:, 2:] += corners[:, :2]
+    return Sample(image, torch.from_numpy(corners), torch.from_numpy(record.labels), torch.from_numpy(record.iscrowd))
 
 
 def _centres_in_tiles(record: ImageRecord, tiles: Sequence[Tile]) -> NDArray[np.int64]:

@@ -7,16 +7,20 @@ images would be nearly black, and no one would be told.)
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
+from crossdino.data.tiff_parts import TiffParts
 from crossdino.errors import InputError
 
 ORIENTATION_TAG = 0x0112
@@ -30,6 +34,13 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+# Those that exchange rows and columns.
+EXCHANGING = (5, 6, 7, 8)
+
+TWELVE_BITS = 4095
+# Of a TIFF that is read in parts, about so many pixels are decoded at once.
+BAND_PX = 2**24
 
 # Suffixes of the files that are taken for images where a folder is searched for them.
 IMAGE_SUFFIXES = (
@@ -84,12 +95,23 @@ def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
         message = f"{path} is not an image that can be read; give a PNG, JPEG, TIFF, WebP or BMP file"
         raise ImageError(message, NO_IMAGE) from None
     except Image.DecompressionBombError:
-        message = f"image {path} has too many pixels to be read whole; cut it into smaller images first"
-        raise ImageError(message, TOO_LARGE) from None
+        raise too_large(path) from None
     except Exception as error:  # decoders raise nearly anything on damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        message = f"image {path} is broken ({reason}); replace the file or take it out"
-        raise ImageError(message, BROKEN, reason) from None
+        raise _broken(path, error) from None
+
+
+def too_large(path: Path) -> ImageError:
+    """What to say of an image that is too large to be read whole, by someone who has to."""
+    message = (
+        f"image {path} has too many pixels to be read whole; cut it into smaller images first, or make it a TIFF with "
+        "tiles (gdal_translate -co TILED=YES) and set data.tile_size"
+    )
+    return ImageError(message, TOO_LARGE)
+
+
+def _broken(path: Path, error: Exception) -> ImageError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ImageError(f"image {path} is broken ({reason}); replace the file or take it out", BROKEN, reason)
 
 
 def allow_large_images() -> None:
@@ -106,7 +128,7 @@ def read_sizes(path: Path, decode: bool = False) -> tuple[tuple[int, int], tuple
     """The size of an image.
 
     Args:
-        path: image file.
+        path: image file; one that is too large to be read whole may be a TIFF of which parts can be read.
         decode: also decode and convert it, as `read_image` will; False reads only the header.
 
     Returns:
@@ -116,13 +138,27 @@ def read_sizes(path: Path, decode: bool = False) -> tuple[tuple[int, int], tuple
         ImageError: as `read_image`; what only decoding can find is found only then.
     """
     allow_large_images()
-    with _opened(path) as image:
-        width, height = image.size
-        _check_mode(image, path)
-        if decode:
-            _to_rgb(image, path)
-        turned = _orientation(image, path, decoded=decode) in (5, 6, 7, 8)
+    try:
+        with _opened(path) as image:
+            width, height = image.size
+            _check_mode(image, path)
+            if decode:
+                _decode(image, path)
+            turned = _orientation(image, path, decoded=decode) in EXCHANGING
+    except ImageError as error:
+        parts = TiffParts.of(path) if error.what == TOO_LARGE else None
+        if parts is None or not fits_whole(parts.part_hw):
+            raise
+        height, width = parts.hw
+        turned = parts.orientation in EXCHANGING
+        _check_parts(parts, decode)
+        return ((height, width) if turned else (width, height)), (width, height)
     return ((height, width) if turned else (width, height)), (width, height)
+
+
+def fits_whole(hw: tuple[int, int]) -> bool:
+    """Whether an image of this height and width may be read whole; above that Pillow refuses it."""
+    return Image.MAX_IMAGE_PIXELS is None or hw[0] * hw[1] <= 2 * Image.MAX_IMAGE_PIXELS
 
 
 def read_image(path: str | Path, apply_exif: bool = True) -> Image.Image:
@@ -142,13 +178,89 @@ def read_image(path: str | Path, apply_exif: bool = True) -> Image.Image:
     Raises:
         ImageError: the file is missing, broken, truncated, too large, or of a mode without a known value range.
     """
-    path = Path(path)
+    rgb, orientation = decode_image(Path(path), apply_exif)
+    return rgb.transpose(TURNS[orientation]) if orientation in TURNS else rgb
+
+
+def decode_image(path: Path, apply_exif: bool = True, shrink: int = 1) -> tuple[Image.Image, int]:
+    """Read an image as 8-bit RGB, not turned yet.
+
+    Args:
+        path: image file.
+        apply_exif: whether the image is to be turned as its EXIF orientation says.
+        shrink: 2, 4 or 8 decodes a JPEG at that fraction of its size, each pixel the mean of as many as its square
+            (computed in the DCT domain: it costs less than half); other formats, and sides that it does not divide,
+            come in full size.
+
+    Returns:
+        The image, mode `RGB`, fully loaded, and the EXIF orientation that remains to be applied; 1: none.
+
+    Raises:
+        ImageError: as `read_image`.
+    """
     allow_large_images()
     with _opened(path) as image:
         _check_mode(image, path)
-        rgb = _to_rgb(image, path)
+        if shrink > 1 and not (image.width % shrink or image.height % shrink):
+            image.draft(None, (image.width // shrink, image.height // shrink))  # type: ignore[arg-type]
+        stored = _decode(image, path)
         orientation = _orientation(image, path, decoded=True) if apply_exif else 1
-        return rgb.transpose(TURNS[orientation]) if orientation in TURNS else rgb
+        return stored.to_rgb(stored.largest, path), orientation
+
+
+def decode_part(parts: TiffParts, rows: range, columns: range) -> StoredPixels:
+    """Decode the part of a TIFF that holds a window.
+
+    Args:
+        parts: the file's layout.
+        rows: of the image as stored; `parts.bounds` of the window.
+        columns: likewise.
+
+    Returns:
+        The pixels as stored, not turned. Images of 16 bits become 8 bits by the largest value of the whole file.
+
+    Raises:
+        ImageError: the file is broken there, or its pixels have no known range.
+    """
+    allow_large_images()
+    try:
+        document = parts.extract(rows, columns)
+        return _decode(_opened_part(document, parts.path), parts.path, lambda: TiffImageFile(io.BytesIO(document)))
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        raise _broken(parts.path, error) from None
+
+
+def bands(parts: TiffParts) -> Iterator[range]:
+    """The rows of an image in bands of whole tiles or strips that are decoded at once."""
+    height, width = parts.hw
+    step = max(1, BAND_PX // (width * parts.part_hw[0])) * parts.part_hw[0]
+    for top in range(0, height, step):
+        yield range(top, min(top + step, height))
+
+
+def _check_parts(parts: TiffParts, decode: bool) -> None:
+    """Refuse a file that cannot be decoded part by part; its pixels are looked at only where `decode` says so."""
+    try:
+        _opened_part(parts.header(), parts.path)
+    except ImageError:
+        raise
+    except Exception as error:
+        raise _broken(parts.path, error) from None
+    if decode:
+        largest, last = 0, None
+        for rows in bands(parts):
+            last = decode_part(parts, rows, range(parts.hw[1]))
+            largest = max(largest, last.largest)
+        if last is not None:
+            last.to_rgb(largest, parts.path)  # refuses a range that is not known
+
+
+def _opened_part(document: bytes, path: Path) -> ImageFile.ImageFile:
+    image = TiffImageFile(io.BytesIO(document))
+    _check_mode(image, path)
+    return image
 
 
 def _orientation(image: ImageFile.ImageFile, path: Path, decoded: bool) -> int:
@@ -189,25 +301,59 @@ def _has_16_bits(image: ImageFile.ImageFile) -> bool:
     return deep_grey or any(";16" in layout and ";16S" not in layout for layout in layouts)
 
 
-def _to_rgb(image: ImageFile.ImageFile, path: Path) -> Image.Image:
-    """The image decoded, in mode RGB, as stored (a copy in any case: the file is closed afterwards)."""
+@dataclass(frozen=True)
+class StoredPixels:
+    """What a decoder gave, before the rule for the whole file makes 8 bits of 16.
+
+    Attributes:
+        pixels: the image in RGB, or its values where they have 16 bits: (H, W) or (H, W, 3).
+        largest: the largest value of 16 bits; 0 for 8 bits. A file of several parts has the largest of all.
+    """
+
+    pixels: Image.Image | NDArray[np.generic]
+    largest: int
+
+    def to_rgb(self, largest: int, path: Path) -> Image.Image:
+        """The pixels in mode RGB.
+
+        Args:
+            largest: the largest value of the whole file; 0 for 8 bits.
+            path: how messages call the file.
+
+        Raises:
+            ImageError: only the upper bytes are known, and do not tell the values.
+        """
+        if not isinstance(self.pixels, Image.Image):
+            return Image.fromarray(_to_8_bits(self.pixels, largest)).convert("RGB")
+        if 0 < largest <= TWELVE_BITS:
+            message = (
+                f"image {path} uses 12 of its 16 bits only, which cannot be read from this kind of file; convert it to "
+                "8 bits per channel"
+            )
+            raise ImageError(message, UNKNOWN_RANGE, "12 bits in 16")
+        return self.pixels
+
+
+def _decode(image: ImageFile.ImageFile, path: Path, again: Callable[[], Image.Image] | None = None) -> StoredPixels:
+    """The image decoded, as stored; `again` opens it once more, for a second look."""
     has_16_bits = _has_16_bits(image)
     layouts = {_layout(tile[3]) for tile in image.tile}
     image.load()
     if image.mode.startswith("I"):
-        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
+        values = np.asarray(image)
+        return StoredPixels(values, int(values.max(initial=0)))
     if has_16_bits and layouts <= OTHER_BYTE.keys():
-        return _join_bytes(image, path)
-    see_through = image.mode == "P" and "transparency" in image.info
-    rgb = (image.convert("RGBA") if see_through else image).convert("RGB")
+        values = _join_bytes(image, again() if again is not None else Image.open(path))
+        return StoredPixels(values, int(values.max(initial=0)))
+    rgb: Image.Image = image  # not copied: its pixels stay when the file is closed
+    if image.mode != "RGB":
+        see_through = image.mode == "P" and "transparency" in image.info
+        rgb = (image.convert("RGBA") if see_through else image).convert("RGB")
+    if not has_16_bits:
+        return StoredPixels(rgb, 0)
     # Of other 16-bit images Pillow gives only the upper byte.
-    if has_16_bits and 0 < max(high for _, high in rgb.getextrema()) <= 4095 // 256:  # type: ignore[misc]
-        message = (
-            f"image {path} uses 12 of its 16 bits only, which cannot be read from this kind of file; convert it to 8 "
-            "bits per channel"
-        )
-        raise ImageError(message, UNKNOWN_RANGE, "12 bits in 16")
-    return rgb
+    upper = max(high for _, high in rgb.getextrema())  # type: ignore[misc]
+    return StoredPixels(rgb, int(upper) * 256 + 255 if upper else 0)
 
 
 def _layout(arguments: object) -> str:
@@ -215,13 +361,13 @@ def _layout(arguments: object) -> str:
     return str(arguments[0] if isinstance(arguments, tuple) else arguments)
 
 
-def _join_bytes(image: ImageFile.ImageFile, path: Path) -> Image.Image:
-    """Colours of 16 bits a channel in full.
+def _join_bytes(image: Image.Image, second: Image.Image) -> NDArray[np.uint16]:
+    """Colours of 16 bits a channel in full, (H, W, 3).
 
     Pillow keeps the upper byte of each. The lower ones are what it keeps when it takes the file for one of the other
     byte order, so the file is decoded a second time in that way.
     """
-    with Image.open(path) as other:
+    with second as other:
         tiles = []
         for tile in other.tile:  # type: ignore[attr-defined]
             swapped = OTHER_BYTE[_layout(tile.args)]
@@ -229,11 +375,10 @@ def _join_bytes(image: ImageFile.ImageFile, path: Path) -> Image.Image:
         other.tile = tiles  # type: ignore[attr-defined]
         other.load()
         upper, lower = (np.asarray(half)[..., :3].astype(np.uint16) for half in (image, other))
-    return Image.fromarray(_to_8_bits(upper * 256 + lower))
+    return upper * 256 + lower
 
 
-def _to_8_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:
+def _to_8_bits(values: NDArray[np.generic], largest: int) -> NDArray[np.uint8]:
     """Values of 16 bits, or of 12 bits in 16, as 0..255 (see the head of this file)."""
-    numbers = values.astype(np.float32)
-    full = 4095.0 if numbers.max(initial=0) <= 4095 else 65535.0
-    return (numbers * np.float32(255.0 / full)).round().astype(np.uint8)
+    full = float(TWELVE_BITS) if largest <= TWELVE_BITS else 65535.0
+    return (values.astype(np.float32) * np.float32(255.0 / full)).round().astype(np.uint8)

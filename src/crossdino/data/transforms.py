@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
@@ -66,9 +67,14 @@ def resize_hw(hw: tuple[int, int], short_side: int, long_side: int | None = None
     return (short_side, new_long) if hw[0] <= hw[1] else (new_long, short_side)
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as a (3, H, W) uint8 tensor (a view on channels-last memory, which resizes fastest)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def to_tensor(image: Image.Image | NDArray[np.uint8]) -> Tensor:
+    """An RGB image as a (3, H, W) uint8 tensor (a view on channels-last memory, which resizes fastest).
+
+    Args:
+        image: a PIL image, or (H, W, 3) pixels, whose memory the tensor shares.
+    """
+    pixels = image if isinstance(image, np.ndarray) else np.array(image)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def resize_image(image: Tensor, hw: tuple[int, int]) -> Tensor:

@@ -22,7 +22,9 @@ from crossdino.data.images import (
     UNKNOWN_RANGE,
     ImageError,
     allow_large_images,
+    fits_whole,
     read_sizes,
+    too_large,
 )
 from crossdino.errors import InputError
 from crossdino.sources.contract import Picture, ReadOptions, Source, VideoInfo
@@ -92,6 +94,8 @@ def open_image(source: Source, options: ReadOptions = ReadOptions()) -> Picture:
     if not needed and not _may_have_coordinates(source.path):
         return WholeImage(source, hw)
     if importlib.util.find_spec("rasterio") is None:
+        if problem is None and not fits_whole(hw):
+            problem = too_large(Path(source.path))
         if problem is not None:
             raise _with_remedy(problem, source.path)
         return WholeImage(source, hw)
