@@ -18,6 +18,7 @@ import numpy as np
 from crossdino.checkpoints import read_model_config
 from crossdino.errors import InputError
 from crossdino.prediction_drawing import drawn_name
+from crossdino.prediction_network import SHORT_NAMES, choose_dtype
 from crossdino.prediction_processes import work_in_processes
 from crossdino.prediction_work import (
     UNFINISHED,
@@ -116,12 +117,19 @@ def predict_sources(
     output = settings.output
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file; name a folder")
+    if settings.predictor.get("batch_size") == "auto" and any(source.kind == "camera" for source in sources):
+        # A frame shall not wait for the next ones.
+        settings = dataclasses.replace(settings, predictor={**settings.predictor, "batch_size": 1})
     # The model is loaded in any case, for its names and for what tells it from others; but not where others need room.
     here = work is None and len(settings.devices) == 1
-    predictor = settings.make_predictor(settings.devices[0] if here else "cpu")
+    predictor = settings.make_predictor(settings.devices[0]) if here else settings.make_planner()
     class_names = [str(name) for name in predictor.class_names]
     category_ids = read_model_config(settings.weights).get("category_ids") or list(range(1, len(class_names) + 1))
     made_with = {**predictor.settings(), **dataclasses.asdict(settings.reading), "most_frames": settings.most_frames}
+    if not here:
+        made_with["precision"] = SHORT_NAMES[
+            choose_dtype(settings.dtype, settings.devices[0] if work is None else "cuda")
+        ]
     header = JournalHeader({**made_with, "pictures": settings.draw}, class_names, category_ids)
     path = journal_path(output)
     summary = RunSummary(files=[output / name for name in files])

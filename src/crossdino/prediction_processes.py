@@ -8,6 +8,7 @@ source alone, so that it becomes clear if one of them ends every process.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import multiprocessing
 import signal
 import time
@@ -22,6 +23,7 @@ from typing import Any, cast
 
 import torch
 
+from crossdino.allocator import tune_allocator
 from crossdino.errors import InputError
 from crossdino.prediction_work import (
     Event,
@@ -35,6 +37,8 @@ from crossdino.prediction_work import (
     stamp_of,
     work_here,
 )
+
+_logger = logging.getLogger(__name__)
 
 # A source that has ended so many processes, being the only one that they had, is left out.
 _MOST_DEATHS = 2
@@ -89,7 +93,8 @@ def work_in_processes(
         there.close()  # so that the pipe breaks when the process dies
         workers.append(_Worker(device, process, here))
 
-    most = _MOST_BATCHES * settings.predictor.get("batch_size", 1)
+    batch_size = settings.predictor.get("batch_size", 1)
+    most = _MOST_BATCHES * (1 if batch_size == "auto" else batch_size)
     try:
         for device in settings.devices[: max(1, len(pending))]:
             start(device)
@@ -119,8 +124,10 @@ def work_in_processes(
                     if message.error is not None:
                         raise message.error
                 elif isinstance(message, _Sign):
-                    worker.ready = True
+                    worker.ready = worker.ready or message.notice is None
                     worker.idle = worker.idle or message.idle
+                    if message.notice is not None:
+                        _logger.log(*message.notice)
                     if message.progress is not None and on_progress is not None:
                         on_progress(*message.progress)
                 else:
@@ -201,10 +208,27 @@ def _mourn(worker: _Worker, pending: deque[Task], suspects: set[str], deaths: Co
 
 @dataclass(frozen=True)
 class _Sign:
-    """A process lives: it has loaded its model, or is so far within a picture. `idle`: it wants something to do."""
+    """A process lives: it has loaded its model, or is so far within a picture.
+
+    `idle`: it wants something to do; `notice`: level and text of a line of its log.
+    """
 
     progress: tuple[str, int, int] | None = None
     idle: bool = False
+    notice: tuple[int, str] | None = None
+
+
+class _Told(logging.Handler):
+    """Sends the lines of the log to the process that the user sees."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(logging.INFO)
+        self._connection = connection
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send a line."""
+        with suppress(OSError):  # the first process is gone
+            self._connection.send(_Sign(notice=(record.levelno, record.getMessage())))
 
 
 @dataclass(frozen=True)
@@ -217,6 +241,10 @@ class _LastWord:
 def _process(connection: Connection, settings: WorkSettings, device: str, stop: Any) -> None:
     """What a process does: tasks come and events go by its pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be held back
+    tune_allocator()
+    logger = logging.getLogger("crossdino")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_Told(connection))
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     try:

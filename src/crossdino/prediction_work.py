@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -100,9 +101,19 @@ class WorkSettings:
     devices: Sequence[str] = ("cpu",)
     num_threads: int = 0
 
+    @property
+    def dtype(self) -> str:
+        """In what the network shall compute."""
+        return str(self.predictor.get("dtype") or self.predictor.get("precision") or "float32")
+
     def make_predictor(self, device: str) -> Predictor:
         """The predictor of a process."""
         return Predictor(load_model(self.weights, device=device), **self.predictor)
+
+    def make_planner(self) -> Predictor:
+        """A predictor that names, cuts and merges where others compute: on the CPU, whatever they compute in."""
+        plain = {"dtype": None, "precision": None, "compile": False}
+        return dataclasses.replace(self, predictor={**self.predictor, **plain}).make_predictor("cpu")
 
 
 # Is called with the name of a picture, how many of its tiles are done, and how many it has.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -25,14 +26,13 @@ from torch import Tensor, nn
 
 from crossdino.checkpoints import CalibrationWarning, weights_digest
 from crossdino.config import InferenceConfig
-from crossdino.data.dataset import collate
-from crossdino.data.transforms import normalize, resize_hw, resize_image
+from crossdino.data.transforms import resize_hw, resize_image
 from crossdino.errors import InputError
 from crossdino.looks import NOTHING, WHOLE, Job, Look, TileMemory
 from crossdino.merging import merge_detections
 from crossdino.postprocessing import Found, select_detections
+from crossdino.prediction_network import SHORT_NAMES, DtypeName, Network, choose_dtype
 from crossdino.sources import Ahead, FailedPicture, ImageInput, Picture, Source, as_picture, find_sources, open_all
-from crossdino.structures import DetectorOutput, Target
 from crossdino.tiling import Tile, choose_tiles, tile_grid
 
 if TYPE_CHECKING:
@@ -83,8 +83,10 @@ class Predictor:
         merge_iou: float | None = None,
         full_image: bool | None = None,
         device: str | torch.device | None = None,
-        batch_size: int = 1,
-        precision: Literal["fp32", "bf16"] = "fp32",
+        batch_size: int | Literal["auto"] = 1,
+        dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None,
+        compile: bool = False,
+        precision: Literal["fp32", "bf16"] | None = None,
         num_threads: int = 2,
         channel_order: Literal["rgb", "bgr"] = "rgb",
     ) -> None:
@@ -104,8 +106,14 @@ class Predictor:
             merge_iou: overlap from which two detections of a class are one, in (0, 1]; None: the model's own setting.
             full_image: besides its tiles look at the whole image; None: the model's own setting.
             device: where to run, e.g. `cuda`; None: where the model is.
-            batch_size: images, or tiles, that go through the model together.
-            precision: `fp32`, or `bf16` for autocast.
+            batch_size: images, or tiles, that go through the model together; `auto`: what fits into the memory of a GPU
+                (at most 16); elsewhere up to 4, as long as they are small. It changes results by rounding only. Where
+                the memory is too small for it, half as many go on.
+            dtype: `float32` (also None), or `bfloat16` or `float16` for autocast, where the model itself keeps in
+                float32 what boxes depend on; `auto`: what suits the device. Results are float32 in any case.
+            compile: use `torch.compile`, which takes a minute or more before the first image; without a C++ compiler
+                a line of the log tells so, and the model runs as it is.
+            precision: `fp32` or `bf16`, the older name of `dtype`.
             num_threads: threads that read and resize ahead of the network.
             channel_order: of arrays (not of files or PIL images); `bgr` for those of OpenCV.
 
@@ -127,19 +135,16 @@ class Predictor:
         self.merge: Literal["seam", "nms", "soft"] = chosen(merge, inference.merge)
         self.merge_iou = chosen(merge_iou, inference.merge_iou)
         self.full_image = bool(chosen(full_image, inference.full_image) and self.tile_size)
-        self.batch_size = batch_size
-        self.precision = precision
         self.num_threads = num_threads
         self.channel_order: Literal["rgb", "bgr"] = channel_order
-        for name in ("num_select", "short_side", "long_side", "batch_size", "num_threads"):
-            if not isinstance(getattr(self, name), Integral) or getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)!r}: give a whole number, at least 1")
-            setattr(self, name, int(getattr(self, name)))  # numpy's numbers would not go into a journal
+        for name in ("num_select", "short_side", "long_side", "num_threads"):
+            # (numpy's numbers would not go into a journal.)
+            setattr(self, name, _count(name, getattr(self, name)))
         if threshold != "auto" and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
             raise InputError(f"threshold is {threshold}: give a score from 0 to 1, or auto")
         if not isinstance(self.merge_iou, (int, float)) or not 0 < self.merge_iou <= 1:
             raise InputError(f"merge_iou is {self.merge_iou!r}: give an overlap above 0 and at most 1")
-        names = {"precision": ("fp32", "bf16"), "merge": ("seam", "nms", "soft"), "channel_order": ("rgb", "bgr")}
+        names = {"merge": ("seam", "nms", "soft"), "channel_order": ("rgb", "bgr")}
         for name, known in names.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name} is {getattr(self, name)!r}: give {' or '.join(known)}")
@@ -161,6 +166,39 @@ class Predictor:
         self.model = (model if device is None else model.to(device)).eval()
         self.device = _device_of(model)
         self.class_names = np.array(model.config.class_names)
+        if dtype is not None and precision is not None:
+            raise InputError(f"precision ({precision}) is the older name of dtype ({dtype}): give one of both")
+        if precision not in (None, "fp32", "bf16"):
+            raise InputError(f"precision is {precision!r}: give fp32 or bf16, or dtype")
+        tile = self.tile_size
+        largest_hw = resize_hw((tile, tile), self.short_side, self.long_side) if tile else ()
+        self._network = Network(
+            model,
+            self.device,
+            choose_dtype(dtype or precision or "float32", self.device),
+            compiled=compile,
+            batch_size="auto" if batch_size == "auto" else _count("batch_size", batch_size),
+            largest_px=self.short_side * self.long_side if self.full_image or not tile else math.prod(largest_hw),
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Images, or tiles, that go through the model together."""
+        return self._network.batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        self._network.batch_size = self._network.most = _count("batch_size", value)
+
+    @property
+    def dtype(self) -> DtypeName:
+        """The number format of the network."""
+        return self._network.dtype
+
+    @property
+    def precision(self) -> Literal["fp32", "bf16", "fp16"]:
+        """The number format by its short name."""
+        return SHORT_NAMES[self.dtype]
 
     @overload
     def __call__(self, image: ImageInput) -> sv.Detections: ...
@@ -232,13 +270,15 @@ class Predictor:
         ):
             images = [images]  # not its rows
         # Enough to keep the network busy while a slow file is decoded; more would only fill the memory.
-        depth = 2 * self.batch_size + self.num_threads
+        depth = 2 * self._network.most + self.num_threads
         jobs: deque[Job] = deque()
         looks: deque[Look] = deque()
         reading: deque[tuple[Look, Future[Tensor]]] = deque()
         with Ahead(self._start_all(images), depth) as coming, ThreadPoolExecutor(self.num_threads) as readers:
             try:
                 while True:
+                    # (It changes when the memory turns out to have room for more, or for less.)
+                    depth = 2 * self.batch_size + self.num_threads
                     while len(looks) + len(reading) < depth and len(jobs) < depth:
                         # Wait until a batch is full: what an image is batched with shall not depend on the time
                         # that files take. (Of a live camera take one at a time.)
@@ -319,7 +359,7 @@ class Predictor:
         return [Look(job, number) for number in numbers]
 
     def _prepare(self, look: Look) -> Tensor:
-        """The pixels of a look, resized and normalised; runs in a reading thread."""
+        """The pixels of a look, resized: uint8; runs in a reading thread."""
         tile, picture = look.tile, look.job.picture
         hw = resize_hw((tile.height, tile.width), self.short_side, self.long_side)
         if look.job.error is not None:  # another tile could not be read: this one is not needed
@@ -327,8 +367,7 @@ class Predictor:
         # So large that it is never in memory as a whole: then it is reduced while it is read.
         reduced = look.number == WHOLE and picture.windowed
         pixels = picture.read_reduced(hw) if reduced else picture.read(tile)
-        image = resize_image(torch.from_numpy(pixels).permute(2, 0, 1), hw)
-        return normalize(image, self.model.mean, self.model.std)
+        return resize_image(torch.from_numpy(pixels).permute(2, 0, 1), hw)
 
     def _take(self, reading: deque[tuple[Look, Future[Tensor]]], memory: TileMemory | None) -> None:
         """Send the next looks through the network."""
@@ -355,17 +394,14 @@ class Predictor:
                 memory.save(job.picture, len(job.tiles), look.number, found)
 
     def _detect(self, images: Sequence[Tensor], original_hw: Sequence[tuple[int, int]]) -> list[Found]:
-        """Boxes, scores and labels of prepared images, in pixels of the originals."""
-        nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-        batch = collate([(image, nothing) for image in images]).to(self.device)
-        with (
-            torch.no_grad(),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
-        ):
-            output: DetectorOutput = self.model(batch.images, batch.padding_mask)
-        # With thresholds by class and size nothing is left out before the tiles are merged: the thresholds are for
-        # merged boxes.
-        return select_detections(output, original_hw, self.num_select, self._lowest_score)
+        """Boxes, scores and labels of resized images, in pixels of the originals."""
+        found: list[Found] = []
+        for output in self._network(images):
+            sizes = original_hw[len(found) : len(found) + len(output.pred_logits)]
+            # With thresholds by class and size nothing is left out before the tiles are merged: the thresholds are for
+            # merged boxes.
+            found += select_detections(output, sizes, self.num_select, self._lowest_score)
+        return found
 
     def _is_capped(self, found: Found) -> bool:
         """Whether everything that a passage can give is above its threshold, so that there may be more objects."""
@@ -399,6 +435,12 @@ class Predictor:
     def _as_detections(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> sv.Detections:
         names: dict[str, Any] = {"class_name": self.class_names[labels.numpy()]}
         return sv.Detections(boxes.numpy(), confidence=scores.numpy(), class_id=labels.numpy(), data=names)
+
+
+def _count(name: str, value: Any) -> int:
+    if not isinstance(value, Integral) or value < 1:
+        raise InputError(f"{name} is {value!r}: give a whole number, at least 1")
+    return int(value)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -49,7 +49,7 @@ class CrossDINODetectionModel(DetectionModel):
         Args:
             model_path: a model folder, or the id of one on the Hugging Face hub.
             model: instead of `model_path`, a `CrossDINO` or a `Predictor` (of which only the model, `num_select` and
-                `precision` are used).
+                `dtype` are used).
             device: `cpu`, `cuda`, ...; None: a GPU where there is one.
             confidence_threshold: lowest score. SAHI merges boxes itself only where this is at least 0.1.
             category_mapping: class index as a string -> name; None: the model's own names.
@@ -85,7 +85,7 @@ class CrossDINODetectionModel(DetectionModel):
 
     def set_model(self, model: Any, **_: Any) -> None:
         """Take over a `CrossDINO` or a `Predictor`."""
-        given = {"num_select": model.num_select, "precision": model.precision} if isinstance(model, Predictor) else {}
+        given = {"num_select": model.num_select, "dtype": model.dtype} if isinstance(model, Predictor) else {}
         self.model = Predictor(
             model.model if isinstance(model, Predictor) else model,
             # SAHI lets the threshold change from call to call, so it is applied later.

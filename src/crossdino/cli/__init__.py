@@ -12,11 +12,15 @@ import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
+from crossdino.allocator import tune_allocator
 from crossdino.cli.output import report_mistake
 from crossdino.cli.parser import WITH_SETTINGS, build_parser, split_settings
 from crossdino.cli.train import resolve_config
 from crossdino.config import close_matches, option_names
 from crossdino.errors import InputError
+
+# What runs a network, in this process or in forked ones.
+_COMPUTING = ("inspect", "train", "evaluate", "calibrate", "predict")
 
 __all__ = ["entry_point", "main", "resolve_config", "split_settings"]
 
@@ -48,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         empty = next((name for name, value in vars(options).items() if value == ""), None)
         if empty is not None:
             raise InputError(f"--{empty.replace('_', '-')} is empty")
+        if options.command in _COMPUTING:
+            tune_allocator()
         return options.run(options, settings) if options.command in WITH_SETTINGS else options.run(options)
     except InputError as error:
         return report_mistake(str(error))

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from crossdino.cli.output import num_cores
+from crossdino.cli.output import log_lines, num_cores
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,7 +33,13 @@ def chosen_inference(options: argparse.Namespace, own: InferenceConfig) -> Infer
 
 
 def detect_images(
-    model: CrossDINO, index: DatasetIndex, inference: InferenceConfig, look: Look, batch_size: int, console: Console
+    model: CrossDINO,
+    index: DatasetIndex,
+    inference: InferenceConfig,
+    look: Look,
+    batch_size: int,
+    console: Console,
+    dtype: str = "float32",
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """Run a model over all images of a data set, with a bar on a terminal.
 
@@ -44,6 +50,7 @@ def detect_images(
         look: how they are cut and put together.
         batch_size: images or tiles per forward pass.
         console: is told what is done.
+        dtype: in what the network computes, see `crossdino.prediction_network.choose_dtype`.
 
     Returns:
         The detections as COCO results, and the ids of the images of which `num_select` left something out.
@@ -52,6 +59,7 @@ def detect_images(
 
     from crossdino.config import DataConfig
     from crossdino.data.dataset import DetectionDataset
+    from crossdino.prediction_network import autocast, choose_dtype
     from crossdino.training import detect_dataset
 
     data = DataConfig(
@@ -74,16 +82,18 @@ def detect_images(
     def advance(_: int) -> None:
         next(progress, None)
 
-    detections = detect_dataset(
-        model,
-        dataset,
-        num_select=look.num_select,
-        merge=look.merge,
-        merge_iou=look.merge_iou,
-        full_image=look.full_image,
-        batch_size=batch_size,
-        num_workers=min(2, num_cores()),
-        on_image=advance,
-        on_capped=capped.append,
-    )
+    device = next(model.parameters()).device
+    with log_lines(console), autocast(choose_dtype(dtype, device), device):
+        detections = detect_dataset(
+            model,
+            dataset,
+            num_select=look.num_select,
+            merge=look.merge,
+            merge_iou=look.merge_iou,
+            full_image=look.full_image,
+            batch_size=batch_size,
+            num_workers=min(2, num_cores()),
+            on_image=advance,
+            on_capped=capped.append,
+        )
     return detections, capped

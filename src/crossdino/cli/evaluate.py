@@ -19,7 +19,7 @@ from crossdino.cli.measured import (
     refuse_replacing,
 )
 from crossdino.cli.output import check_destinations, choose_device, make_console, write_json, write_text
-from crossdino.cli.values import TILE_OPTIONS, add_tile_options, positive
+from crossdino.cli.values import DTYPES, TILE_OPTIONS, add_tile_options, positive
 from crossdino.config import close_matches
 from crossdino.errors import InputError
 
@@ -75,6 +75,12 @@ def add_evaluate_options(parser: argparse.ArgumentParser, data_help: str) -> Non
     add("--size-bands", metavar="NAME=LOW-HIGH,...", help="bands of sqrt(area) in pixels; a protocol has its own")
     add("--num-select", metavar="N", type=positive, help="detections kept per image or tile (the model's own setting)")
     add("--batch-size", metavar="N", type=positive, default=1, help="images or tiles per forward pass (1)")
+    add(
+        "--dtype",
+        metavar="NAME",
+        choices=DTYPES,
+        help="float32, bfloat16 (bf16) or float16 (fp16); auto is float32 (auto)",
+    )
     add_tile_options(parser)
     add("--device", help="cpu, cuda, ... (a GPU where there is one)")
 
@@ -117,9 +123,14 @@ def run_evaluate(options: argparse.Namespace) -> int:
     else:
         result = evaluate_protocol(protocol, truth, detections, patches=patches)
     numbers = result.to_dict()
-    if look is not None:
-        numbers["settings"] = look.to_dict() | numbers["settings"]  # a protocol's own caps go before
     about = [] if look is None else [str(look)]
+    if look is not None and model is not None:
+        from crossdino.prediction_network import choose_dtype
+
+        dtype = choose_dtype(options.dtype or "auto", next(model.parameters()).device)
+        # (A protocol's own caps go before.)
+        numbers["settings"] = look.to_dict() | {"dtype": dtype} | numbers["settings"]
+        about += [] if dtype == "float32" else [f"computed in {dtype}"]
     if measured.official_split is not None:
         about.append(f"{measured.benchmark}, split {measured.official_split}")
     if model is not None and protocol is not None:
@@ -182,7 +193,7 @@ def _check_options(options: argparse.Namespace) -> None:
         raise InputError(f"--split goes with a data set that has splits; {options.ground_truth} is one COCO file")
     options.split = options.split or "val"
     check_destinations(None if options.json == "-" else options.json, options.predictions_out)
-    of_model = ("images", "predictions_out", "num_select", *TILE_OPTIONS)
+    of_model = ("images", "predictions_out", "num_select", "dtype", *TILE_OPTIONS)
     given = next((name for name in of_model if getattr(options, name) is not None), None)
     if options.predictions is not None and given is not None:
         word = given.replace("_", "-")
@@ -233,5 +244,7 @@ def _detect(
         index = load_dataset(measured.annotations, measured.split, class_names=model.config.class_names)
     else:
         index = load_coco(measured.annotations, measured.images, class_names=model.config.class_names)
-    detections, capped = detect_images(model, index, model.inference, look, options.batch_size, console)
+    detections, capped = detect_images(
+        model, index, model.inference, look, options.batch_size, console, options.dtype or "auto"
+    )
     return model, index.to_coco(), detections, look, capped

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +31,35 @@ def report_mistake(message: str) -> int:
     """Print a mistake of the user as one line on stderr; returns the exit status."""
     print(f"crossdino: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+@contextmanager
+def log_lines(console: Console) -> Iterator[None]:
+    """What the library logs meanwhile becomes lines of ours: information as it is, warnings on stderr."""
+    logger = logging.getLogger("crossdino")
+    handler = _Lines(console)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+class _Lines(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record as one line."""
+        line = " ".join(record.getMessage().split())
+        if record.levelno >= logging.WARNING:
+            print(f"crossdino: warning: {line}", file=sys.stderr)
+        else:
+            self._console.print(line, soft_wrap=True, markup=False)
 
 
 def check_destinations(*paths: str | None) -> None:

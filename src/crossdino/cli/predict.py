@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crossdino.cli.output import choose_device, make_console, num_cores, report_mistake
-from crossdino.cli.values import positive
+from crossdino.cli.output import choose_device, log_lines, make_console, num_cores, report_mistake
+from crossdino.cli.values import DTYPES, batch_size, positive
 from crossdino.errors import InputError
 from crossdino.interrupts import stop_requests
 
@@ -59,9 +59,22 @@ def add_predict_options(parser: argparse.ArgumentParser) -> None:
         "--max-frames", metavar="N", type=positive, help="of a video or camera, only the first N frames"
     )
     parser.add_argument(
-        "--batch-size", metavar="N", type=positive, default=1, help="tiles or images per forward pass (1)"
+        *("--batch-size", "--batch"),
+        metavar="N",
+        type=batch_size,
+        default="auto",
+        help="tiles or images per forward pass; auto: what fits, at most 16 on a GPU and 4 elsewhere (auto)",
     )
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network (fp32)")
+    parser.add_argument(
+        *("--dtype", "--precision"),
+        choices=DTYPES,
+        default="auto",
+        metavar="NAME",
+        help="in what the network computes: float32, bfloat16 (bf16), float16 (fp16); auto is float32 (auto)",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the network first, which pays for many images (torch.compile)"
+    )
     parser.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
     parser.add_argument("--devices", metavar="A,B,...", help="a process on each of these, e.g. cuda:0,cuda:1")
     parser.add_argument("--processes", metavar="N", type=positive, help="so many processes on --device")
@@ -94,7 +107,8 @@ def run_predict(options: argparse.Namespace) -> int:
             "merge_iou": options.merge_iou,
             "full_image": options.full_image,
             "batch_size": options.batch_size,
-            "precision": options.precision,
+            "dtype": options.dtype,
+            "compile": options.compile,
         },
         reading=_reading(options),
         output=Path(options.output),
@@ -104,7 +118,11 @@ def run_predict(options: argparse.Namespace) -> int:
         num_threads=_threads_each(devices),
     )
     notice = "crossdino: stopping after what is at work; once more to end at once"
-    with stop_requests(notice) as stop, _Progress(console, sources, settings) as progress:
+    with (
+        stop_requests(notice) as stop,
+        _Progress(console, sources, settings) as progress,
+        log_lines(console),
+    ):
         summary = predict_sources(
             sources,
             settings,

@@ -59,6 +59,14 @@ def tile_size(text: str) -> int | Literal["auto"]:
     return int(text)
 
 
+def batch_size(text: str) -> int | Literal["auto"]:
+    """A whole number of 1 or more, or `auto`."""
+    return "auto" if text == "auto" else positive(text)
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
+"""Number formats as `crossdino.prediction_network.choose_dtype` knows them."""
+
 TILE_OPTIONS = ("tile_size", "tile_overlap", "merge", "merge_iou", "full_image")
 """What `add_tile_options` adds."""
 

@@ -128,7 +128,7 @@ def work_on_ray(
             )
     if not tasks:
         return
-    predictor = settings.make_predictor("cpu")
+    predictor = settings.make_planner()
     with ray_of(options) as (num_workers, num_gpus), ExitStack() as stack:
         joined = _Joined(tasks, predictor, on_progress)
         blocks = _blocks(tasks, predictor, settings, options, num_workers, num_gpus)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from crossdino.allocator import tune_allocator
 from crossdino.checkpoints import package_version
 from crossdino.errors import InputError
 from crossdino.predictor import Prediction, Predictor
@@ -217,6 +218,7 @@ class Worker:
                 f"the Ray node {socket.gethostname()} has crossdino {package_version()}, the machine that starts the "
                 f"run {version}: install the same everywhere"
             )
+        tune_allocator()
         torch.set_num_threads(num_cpus)
         self._predictor = Predictor(ray.get(model[0]), device=device, **settings)
         self._plan = plan
