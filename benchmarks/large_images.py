@@ -1,4 +1,4 @@
-"""How much memory and time very large images take: `python benchmarks/large_images.py [--predict]`.
+"""How much memory and time very large images take: `python -m benchmarks.large_images [--predict]`.
 
 For every format a synthetic image is written into a temporary folder, read tile by tile (row by row, as prediction
 does) in a fresh process, and shrunk as a whole. With `--predict` it is instead given to a whole prediction run - tiles,
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+ROOT = Path(__file__).resolve().parents[1]
 SIDE_PX = 20_000
 TILE_PX = 640
 OVERLAP_PX = 128
@@ -53,8 +54,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in options.formats:
             path = FORMATS[name](Path(folder), options.side)
-            command = [sys.executable, __file__, "--child", str(path)]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            command = [sys.executable, "-m", "benchmarks.large_images", "--child", str(path)]
+            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
             print(name, found, file=sys.stderr, flush=True)
             table.add_row(
                 *(name, f"{path.stat().st_size / 2**20:.0f}", f"{found['tiles']}", f"{found['start']:.0f}"),
@@ -96,8 +97,8 @@ def measure_prediction(formats: list[str], side: int) -> None:
         for name in formats:
             for length in (side // 4, side):
                 path = FORMATS[name](Path(folder), length)
-                command = [sys.executable, __file__, "--predict", "--child", str(path)]
-                found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                command = [sys.executable, "-m", "benchmarks.large_images", "--predict", "--child", str(path)]
+                found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
                 print(name, length, found, file=sys.stderr, flush=True)
                 table.add_row(
                     *(name, f"{length}", f"{found['tiles']}", f"{found['objects']}"),

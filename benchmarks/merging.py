@@ -1,8 +1,8 @@
 """Which way of merging is best on crowded scenes, and how long 200,000 boxes take.
 
-    python benchmarks/merging.py [--ground-truth COCO.json ...] [--csv results.csv] [--images 6]
-    python benchmarks/merging.py --weights MODEL --ground-truth COCO.json ... [--tile-size 256 300]
-    python benchmarks/merging.py --speed [--boxes 200000] [--torchvision 20000]
+    python -m benchmarks.merging [--ground-truth COCO.json ...] [--csv results.csv] [--images 6]
+    python -m benchmarks.merging --weights MODEL --ground-truth COCO.json ... [--tile-size 256 300]
+    python -m benchmarks.merging --speed [--boxes 200000] [--torchvision 20000]
 
 A simulated detector looks at every tile. It sees the visible part of each object, misses some, the more the less of
 an object is visible, is off by a share of the object's size and a pixel, doubles some with a lower score, and finds

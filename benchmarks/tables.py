@@ -125,7 +125,8 @@ def fill(page: str, results: dict[str, Results]) -> tuple[str, list[str], list[s
         results: by name, see the file's header.
 
     Returns:
-        The new page; names of blocks that nothing was given for, left as they were; tables (`NAME: title`) that no block shows.
+        The new page; names of blocks that nothing was given for, which are as they were; tables (`NAME: title`) that no
+        block shows.
 
     Raises:
         ValueError: a marker is alone.

@@ -3,10 +3,17 @@
     python -m benchmarks.tiled_prediction [--weights weights/trees] [--size 4000 3000] [--quick] [--csv FILE]
 
 The image is put together from the sample images, turned and mirrored, and written as one JPEG file. Both sides get its
-path, cut the same tiles, take the same network with the same weights, and merge what it finds; neither looks at the
-image as a whole. The rows go from SAHI as it comes (one tile after the other, float32, glibc's own allocator) to the
-defaults of `crossdino predict`, one change at a time, and SAHI gets all that it can take over as well: so one sees what
-each change is worth, and what is left between the two. Beside the time stands whether they find the same objects.
+path, cut it into as many tiles of the same size, take the same network with the same weights and the same threshold,
+and merge what it finds; neither looks at the image as a whole. The rows go from SAHI as it comes (one tile after the
+other, float32, glibc's own allocator) to the defaults of `crossdino predict`, one change at a time, and SAHI gets all
+that it can take over as well: so one sees what each change is worth, and what is left between the two. Nearly all of
+the time is the network's, which both share.
+
+Beside the time stands whether they find the same objects. They do not quite, for two reasons. The tiles do not lie at
+the same places: SAHI keeps its step and pushes the last row and column back into the image, we spread the tiles evenly.
+And they merge by other rules: SAHI unites boxes of a class of which one covers half of the other (GREEDYNMM, by the
+smaller area), neighbours within one tile too; `Predictor` puts together what a seam has cut, and within a tile drops
+only what overlaps by an IoU above 0.7 (docs/merging.md).
 """
 
 from __future__ import annotations

@@ -107,6 +107,8 @@ def test_dtype_of_a_predictor() -> None:
     for settings, message in (
         ({"dtype": "float16"}, "float16, which the CPU"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"dtype": torch.bfloat16}, r"dtype is torch.bfloat16: give auto, float32, bfloat16 \(bf16\)"),
+        ({"dtype": ["bf16"]}, "dtype is \\['bf16'\\]: give auto"),
         ({"dtype": "bf16", "precision": "bf16"}, "give one of both"),
         ({"batch_size": "many"}, "batch_size is 'many': give a whole number"),
     ):

@@ -35,9 +35,10 @@ def test_the_average_by_hand() -> None:
     assert set(average.state_dict()) == {"n_averaged", *(f"module.{name}" for name in model.state_dict())}
 
 
-def make_state(config: Config) -> TrainingState:
+def make_state(config: Config, precision: str = "fp32") -> TrainingState:
     torch.manual_seed(0)
-    settings = dataclasses.replace(config.training, ema_decay=0.0, learning_rate=1e-2, backbone_learning_rate=1e-2)
+    rates = {"learning_rate": 1e-2, "backbone_learning_rate": 1e-2}
+    settings = dataclasses.replace(config.training, ema_decay=0.0, precision=precision, **rates)  # type: ignore[arg-type]
     return prepare_state(CrossDINO(config.model), settings, Accelerator(cpu=True))
 
 
@@ -45,7 +46,7 @@ def make_step(state: TrainingState, config: Config, seed: int) -> None:
     torch.manual_seed(seed)
     for group in state.optimizer.param_groups:
         for parameter in group["params"]:
-            parameter.grad = torch.randn_like(parameter)
+            parameter.grad = state.scaler.scale(torch.randn_like(parameter))
     clip_gradients(state, config.training)
     apply_gradients(state)
 
@@ -68,3 +69,24 @@ def test_a_training_from_a_gpu_goes_on_without_one(tiny_config: Config) -> None:
         make_step(resumed, tiny_config, seed)
     for one, other in zip(whole.detector.parameters(), resumed.detector.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_training_that_began_with_the_plain_update_goes_on_in_fp16(tiny_config: Config) -> None:
+    """A stored state says how it was updated, which says nothing about how it will be."""
+    plain, resumed = make_state(tiny_config, "fp16"), make_state(tiny_config, "fp16")
+    parameters = [group["params"] for group in plain.optimizer.param_groups]
+    plain.optimizer = torch.optim.AdamW([{"params": group, "initial_lr": 1e-2} for group in parameters], lr=1e-2)
+    make_step(plain, tiny_config, 1)
+    resumed.detector.load_state_dict(plain.detector.state_dict())
+    resumed.optimizer.load_state_dict(copy.deepcopy(plain.optimizer.state_dict()))
+    resumed.scaler.load_state_dict(plain.scaler.state_dict())
+    before = [parameter.detach().clone() for parameter in resumed.detector.parameters()]
+    assert all(group["fused"] for group in resumed.optimizer.param_groups)
+    for seed in (2, 3):
+        make_step(plain, tiny_config, seed)
+        make_step(resumed, tiny_config, seed)
+    moved = 0
+    for one, other, start in zip(plain.detector.parameters(), resumed.detector.parameters(), before, strict=True):
+        torch.testing.assert_close(one, other)  # the same formula, rounded in another order
+        moved += not torch.equal(other, start)
+    assert moved

@@ -38,8 +38,8 @@ SHORT_NAMES: dict[DtypeName, Literal["fp32", "bf16", "fp16"]] = {
     "bfloat16": "bf16",
     "float16": "fp16",
 }
-# Images at once that `auto` chooses at most. On 2 cores 4 tiles of 448 px at once took 16 % less time than one by one
-# (23 % in bfloat16); large images keep the cores busy by themselves, and a batch of them needs much memory.
+# Images at once that `auto` chooses at most. On 2 cores 4 tiles of 448 px at once took 16 % less time than one by one;
+# large images keep the cores busy by themselves, and a batch of them needs much memory.
 _MOST_ON_GPU, _MOST_ON_CPU, _MOST_PX_ON_CPU = 16, 4, 1_700_000
 # Of the free memory of a GPU this share is planned with: other shapes fragment it.
 _SHARE = 0.7
@@ -58,7 +58,7 @@ def choose_dtype(name: str, device: torch.device | str) -> DtypeName:
     """
     if name == "auto":
         return "float32"
-    if name not in _DTYPES:
+    if not isinstance(name, str) or name not in _DTYPES:
         raise InputError(f"dtype is {name!r}: give auto, float32, bfloat16 (bf16) or float16 (fp16)")
     chosen, kind = _DTYPES[name], torch.device(device).type
     if chosen == "float16" and kind == "cpu":

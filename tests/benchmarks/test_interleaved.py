@@ -123,7 +123,7 @@ def test_report_writes_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixtu
     machine, *lines = path.read_text().splitlines()
     assert machine == "# processor: a [fast] one"
     assert list(csv.DictReader(lines)) == [
-        {"table": "first", "case": "x [y]", "s": "1.23457", "ok": "yes", "MB": ""},
-        {"table": "first", "case": "z", "s": "", "ok": "", "MB": ""},
-        {"table": "second", "case": "x", "s": "", "ok": "", "MB": "123457"},
+        {"table": "first", "case": "x [y]", "s": "1.23457", "ok": "yes", "note": "a note", "MB": ""},
+        {"table": "first", "case": "z", "s": "", "ok": "", "note": "a note", "MB": ""},
+        {"table": "second", "case": "x", "s": "", "ok": "", "note": "", "MB": "123457"},
     ]

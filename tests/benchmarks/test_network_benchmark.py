@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-import importlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,34 +18,8 @@ from crossdino.losses import criterion
 from crossdino.structures import LayerOutput
 
 
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
-    """Workers cost seconds each: run their targets here."""
-    seen: list[Case] = []
-    returned: dict[str, dict[str, Any]] = {}
-
-    def interleave(
-        cases: Sequence[Case], repetitions: int, *, warmup: int = 1, on_progress: Callable[[str], None]
-    ) -> dict[str, Measurement]:
-        measured = {}
-        for case in cases:
-            seen.append(case)
-            # Cases that differ in their surroundings only compute the same here.
-            key = json.dumps([case.target, case.arguments])
-            if key not in returned:
-                module, function = case.target.split(":")
-                returned[key] = getattr(importlib.import_module(module), function)(**case.arguments)()
-            extra = dict(returned[key])
-            measured[case.name] = Measurement([extra.pop("seconds", 1.0)] * repetitions, 3_000_000, 1_000_000, extra)
-        return measured
-
-    monkeypatch.setattr(network, "interleave", interleave)
-    # Timing wraps this function in the module, which is for a worker to forget.
-    monkeypatch.setattr(criterion, "match_layers", criterion.match_layers)
-    return seen
-
-
-def test_every_command_writes_its_tables(in_this_process: list[Case], tmp_path: Path) -> None:
+def test_every_command_writes_its_tables(in_this_process: Callable[[ModuleType], list[Case]], tmp_path: Path) -> None:
+    seen = in_this_process(network)
     path = tmp_path / "speed.csv"
     network.main([*network.COMMANDS, "--quick", "--csv", str(path)])
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
@@ -76,9 +49,9 @@ def test_every_command_writes_its_tables(in_this_process: list[Case], tmp_path: 
     assert {"matcher and losses", "  of it matcher", "backward", "optimiser"} <= training
     assert any(title.startswith("memory of a training step") for title in tables)
     assert any(title.startswith("backbones") for title in tables)
-    environments = [case.environment for case in in_this_process if case.name == "ours, no compiled operator"]
+    environments = [case.environment for case in seen if case.name == "ours, no compiled operator"]
     assert environments and all(one == {"CROSSDINO_CPU_KERNEL": "0"} for one in environments)
-    assert all(case.tuned_malloc == ("default malloc" not in case.name) for case in in_this_process)
+    assert all(case.tuned_malloc == ("default malloc" not in case.name) for case in seen)
 
 
 def test_targets_are_judged_where_they_were_set() -> None:
@@ -88,7 +61,26 @@ def test_targets_are_judged_where_they_were_set() -> None:
     assert network._against("/ yardstick", slow, slow, 0.4, True)["/ yardstick reached"] is False
     assert network._against("/ yardstick", fast, slow, 0.4, False)["/ yardstick reached"] is None
     assert network._against("/ yardstick", fast, None, 0.4, True)["/ yardstick"] is None
-    assert network._memory_against(fast, slow, True)["memory reached"] is True
+    lean, big = Measurement([1.0], 50, 100, {}), Measurement([1.0], 100, 100, {})
+    found = network._memory_against(lean, big, True)
+    # Half of what the work took, but three quarters of the process.
+    assert found["memory ratio"] == 0.5 and found["memory reached"] is True
+    assert found["process ratio"] == pytest.approx(0.75) and found["process reached"] is False
+    assert network._memory_against(lean, big, False)["process reached"] is None
+
+
+def test_work_of_a_step() -> None:
+    one, two = (network.step_multiply_adds("dino_r50", (96, 96), number, 5, True) for number in (1, 2))
+    assert two == 2 * one
+    # Forward, and as much again for inputs and for weights; not for ResNet's frozen beginning, half of the tiny one at
+    # this size, but for denoising queries.
+    assert 1.8 < one / network.multiply_adds("dino_r50", (96, 96), True) < 3
+
+
+def test_limits_have_the_threads_of_the_others(in_this_process: Callable[[ModuleType], list[Case]]) -> None:
+    seen = in_this_process(network)
+    network.main(["backbones", "--quick", "--threads", "1"])
+    assert {case.name for case in seen} > {"limits"} and all(case.threads == 1 for case in seen)
 
 
 def test_mistakes_in_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

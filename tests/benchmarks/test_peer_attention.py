@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from benchmarks import deformable_attention
+from benchmarks.interleaved import Case
 
 
 @pytest.mark.parametrize("projected", [False, True])
@@ -40,11 +43,16 @@ def test_the_encoder_has_a_query_in_the_middle_of_every_token() -> None:
     torch.testing.assert_close(references[8:], torch.full((2, 2), 0.5))
 
 
-def test_the_command_compares_with_grid_sample(tmp_path: Path) -> None:
+def test_the_command_compares_with_grid_sample(
+    in_this_process: Callable[[ModuleType], list[Case]], tmp_path: Path
+) -> None:
+    seen = in_this_process(deformable_attention)
     path = tmp_path / "attention.csv"
     deformable_attention.main(["--quick", "--csv", str(path)])
     rows = list(csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#")))
     assert [row["engine"] for row in rows] == ["grid_sample, fp32", "embedding_bag, fp32", "C++ kernel, fp32"]
+    assert [case.environment for case in seen] == [{}, {"CROSSDINO_CPU_KERNEL": "0"}, {}]
+    assert all(case.arguments["backward"] for case in seen)
     first = float(rows[0]["ms"])
     for row in rows:
         assert float(row["/ grid_sample"]) == pytest.approx(float(row["ms"]) / first, rel=1e-3)

@@ -6,13 +6,16 @@ import csv
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks import peers
+from benchmarks.interleaved import Case
 from benchmarks.peer_models import count_gmac, nearest_hw
 
 
@@ -55,7 +58,10 @@ def test_the_environment_is_built_from_the_requirements(
     assert {"torch", "torchvision", "transformers", "rfdetr"} <= {line.split("==")[0] for line in lines}
 
 
-def test_the_command_compares_time_for_the_same_multiply_adds(tmp_path: Path) -> None:
+def test_the_command_compares_time_for_the_same_multiply_adds(
+    in_this_process: Callable[[ModuleType], list[Case]], tmp_path: Path
+) -> None:
+    in_this_process(peers)
     path = tmp_path / "peers.csv"
     peers.main(["--quick", "--only", "dino_r50", "faster_rcnn", "--csv", str(path)])
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]

@@ -158,7 +158,7 @@ def test_sixteen_bits_are_scaled_by_the_largest_value_of_the_file(tmp_path: Path
         reader = ImageReader([record(path, (HEIGHT, WIDTH))])
         reader.window(0, TILES[0])
         other = pickle.loads(pickle.dumps(reader))  # as a process that is started: what is known is known there
-        assert int(other._largest[0]) == int(reader._largest[0]) >= min(int(values.max()), 4096)
+        assert int(other._largest[0, 0]) == int(reader._largest[0, 0]) >= min(int(values.max()), 4096)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -455,3 +455,94 @@ def test_tiles_of_an_image_too_large_to_be_read_whole(tmp_path: Path, monkeypatc
             assert torch.equal(batch.images, wanted.images)
             for target, truth in zip(batch.targets, wanted.targets, strict=True):
                 assert torch.equal(target.boxes_cxcywh, truth.boxes_cxcywh)
+
+
+# --- files that deceive ---
+
+
+def test_a_file_that_is_replaced_is_read_anew(tmp_path: Path) -> None:
+    """Other pixels of the same size, elsewhere in the file: known places and ranges are of the old one."""
+    path, other = tmp_path / "a.tif", tmp_path / "b.tif"
+    deep, twelve = texture(3, "uint16", 65535), texture(3, "uint16", 4095)
+    layouts: list[dict[str, Any]] = [{"blockysize": 7}, SMALL, SMALL | {"compress": "lzw"}, {"blockysize": HEIGHT}]
+    reader = None
+    for number, values in enumerate((deep, twelve, 255 - texture(), twelve)):
+        write(other, values, photometric="rgb", **layouts[number])
+        os.utime(other, (number, number))
+        os.replace(other, path)
+        reader = reader or ImageReader([record(path, (HEIGHT, WIDTH))])
+        whole = np.asarray(read_image(path))
+        for neighbours in (False, True):
+            pixels = reader.window(0, TILES[1], neighbours)
+            np.testing.assert_array_equal(pixels, whole[1:61, 3:64], err_msg=f"{number} {neighbours}")
+        # Another process, which got what was found out before.
+        pixels = pickle.loads(pickle.dumps(reader)).window(0, TILES[0])
+        np.testing.assert_array_equal(pixels, whole[70:79, 70:81])
+
+
+@pytest.mark.parametrize("how", [SMALL, {"blockysize": 16}])
+def test_bands_of_16_bits_that_pillow_takes_for_noise(tmp_path: Path, how: dict[str, Any]) -> None:
+    values = texture(3, "uint16", 65535)
+    path = write(tmp_path / "a.tif", values, photometric="rgb", interleave="band", **how)
+    for read in (
+        lambda: read_image(path),
+        lambda: read_sizes(path),
+        lambda: ImageReader([record(path, (HEIGHT, WIDTH))]).window(0, TILES[0]),
+    ):
+        with pytest.raises(ImageError, match=r"a\.tif holds its 16-bit bands unpacked.*INTERLEAVE=PIXEL"):
+            read()
+    assert_windows(write(path, values, photometric="rgb", interleave="band", compress="lzw", **how), parts=True)
+
+
+@pytest.mark.parametrize("compress", ["none", "deflate"])
+@pytest.mark.parametrize("how", [SMALL, {"blockysize": 16}])
+def test_parts_that_were_never_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], compress: str
+) -> None:
+    values = texture()
+    values[:, :80] = 0
+    path = write(tmp_path / "a.tif", values, photometric="rgb", SPARSE_OK="YES", compress=compress, **how)
+    message = r"a\.tif is broken \(parts of it were never written.*SPARSE_OK=FALSE"
+    for limit in (None, 5000):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(ImageError, match=message):
+            read_sizes(path)
+        with pytest.raises(ImageError, match=message):
+            ImageReader([record(path, (HEIGHT, WIDTH))]).window(0, TILES[0])
+
+
+def test_unpacked_strips_of_any_height_and_wide_images_in_small_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = texture(1, "uint16", 4095)
+    raw = write(tmp_path / "raw.tif", values, blockysize=HEIGHT)
+    tiled = write(tmp_path / "tiled.tif", values, compress="deflate", **SMALL)
+    expected = np.asarray(read_image(raw))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    monkeypatch.setattr(images, "BAND_PX", 1100)
+    for path, most in ((raw, 1100), (tiled, 1100)):
+        assert read_sizes(path, decode=True) == ((WIDTH, HEIGHT), (WIDTH, HEIGHT))
+        parts = TiffParts.of(path)
+        assert parts is not None
+        seen = np.zeros((HEIGHT, WIDTH), int)
+        for rows, columns in images.bands(parts):
+            assert len(rows) * len(columns) <= most and parts.bounds(rows, columns) == (rows, columns)
+            seen[rows.start : rows.stop, columns.start : columns.stop] += 1
+        assert (seen == 1).all()
+        pixels = ImageReader([record(path, (HEIGHT, WIDTH))]).window(0, TILES[0])
+        np.testing.assert_array_equal(pixels, expected[70:79, 70:81])
+
+
+def test_an_unpacked_folder_that_is_none_or_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(texture().transpose(1, 2, 0)).save(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CROSSDINO_UNPACKED", "")
+    assert_windows(path, parts=False)
+    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.setenv("CROSSDINO_UNPACKED", str(path / "folder"))
+    data = DataConfig(tile_size=64, tile_overlap=8, num_workers=1)
+    loader = build_loader(DetectionDataset(index_of(path, (HEIGHT, WIDTH)), data), 2)
+    with pytest.raises(InputError) as caught:
+        next(iter(loader))
+    assert str(caught.value).startswith("cannot write to") and "\n" not in str(caught.value)

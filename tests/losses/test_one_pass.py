@@ -114,3 +114,30 @@ def test_values_and_gradients(counts, classification):
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-4)  # GIoU's differences of close numbers
+
+
+def test_nothing_of_an_empty_slot_counts_not_even_what_is_no_number():
+    output, targets = draw((1, 6), 0)
+    assert output.denoising is not None
+    empty = output.denoising.objects < 0
+    assert empty.any()
+    plain = Criterion(LossConfig())(output, targets)
+    layers = output.denoising.layers
+    for layer in layers:
+        for part in (layer.pred_logits, layer.pred_boxes):
+            part.data[empty] = float("nan")
+    found = Criterion(LossConfig())(output, targets)
+    assert all(torch.equal(found[name], value) for name, value in plain.items())
+    found["loss"].backward()
+    for layer in layers:
+        for part in (layer.pred_logits, layer.pred_boxes):
+            assert torch.isfinite(part.grad).all() and not part.grad[empty].any()
+
+
+def test_losses_of_double_precision_are_single_as_all_are():
+    output, targets = draw((3, 2, 0), 1)
+    wide = DetectorOutput(output.pred_logits.double(), output.pred_boxes.double())
+    narrow = DetectorOutput(output.pred_logits, output.pred_boxes)
+    losses = [Criterion(LossConfig())(one, targets) for one in (narrow, wide)]
+    for name, value in losses[0].items():
+        torch.testing.assert_close(losses[1][name], value)  # which compares the types as well

@@ -85,6 +85,77 @@ def test_views_that_are_not_contiguous():
         torch.testing.assert_close(linear(view, weight, bias), F.linear(view, weight, bias), rtol=1e-5, atol=1e-5)
 
 
+def test_a_bias_with_gaps_is_read_with_its_gaps(onednn_calls):
+    x, weight, bias = inputs(400, 24, 10, requires_grad=False)
+    for view in (torch.stack((bias, -bias), dim=1)[:, 0], bias[:1].expand(10)):
+        torch.testing.assert_close(linear(x, weight, view), F.linear(x, weight, view), rtol=1e-5, atol=1e-5)
+    assert onednn_calls
+    torch.testing.assert_close(linear(x, weight, bias[:1]), F.linear(x, weight, bias[:1]))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_nan_is_not_taken_for_a_negative_number(place):
+    tensors = inputs(400, 24, 10)
+    with torch.no_grad():
+        tensors[place].view(-1)[3] = torch.nan
+    results, gradients = [], []
+    for function in (lambda *t: linear(*t, "relu"), lambda *t: F.linear(*t).relu()):
+        results.append(function(*tensors))
+        gradients.append(torch.autograd.grad(results[-1].sum(), tensors))
+    assert results[1].isnan().any()
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4, equal_nan=True)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-3, equal_nan=True)  # sums of 800
+    with torch.no_grad():
+        assert torch.equal(linear(*tensors, "relu").isnan(), results[1].isnan())
+
+
+# torch deprecates its tracer, which its own function transforms use too.
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_second_derivatives_and_function_transforms():
+    x, weight, bias = inputs(300, 6, 4)
+    (slope,) = torch.autograd.grad(linear(x, weight, bias, "relu").square().sum(), [x], create_graph=True)
+    slope.square().sum().backward()
+    found = weight.grad.clone()
+    weight.grad = None
+    (slope,) = torch.autograd.grad(F.linear(x, weight, bias).relu().square().sum(), [x], create_graph=True)
+    slope.square().sum().backward()
+    torch.testing.assert_close(found, weight.grad, rtol=1e-4, atol=1e-2)  # sums of 600 numbers of about 100
+
+    x, weight = x.detach(), weight.detach()
+    per_image = torch.func.vmap(torch.func.grad(lambda w, one: linear(one, w).sum()), in_dims=(None, 0))(weight, x)
+    torch.testing.assert_close(per_image, x.sum(1)[:, None].expand(-1, 4, -1), rtol=1e-4, atol=1e-4)
+    _, tangent = torch.func.jvp(lambda w: linear(x, w), (weight,), (torch.ones_like(weight),))
+    torch.testing.assert_close(tangent, x.sum(-1, keepdim=True).expand(-1, -1, 4), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        chunked = torch.func.vmap(lambda one: in_chunks(torch.neg, one))(x.repeat(1, 20, 1))
+    torch.testing.assert_close(chunked, -x.repeat(1, 20, 1))
+
+
+def test_layers_that_are_not_plain_are_called():
+    layer = nn.Linear(16, 8)
+    x = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
+    plain_result = apply_linear(layer, x)
+    layer.register_forward_hook(lambda _module, _inputs, output: output + 1)
+    torch.testing.assert_close(apply_linear(layer, x), plain_result + 1, rtol=1e-5, atol=1e-5)
+
+    class Adapter(nn.Module):  # as quantised layers: what they hold under these names is not for others
+        weight = bias = staticmethod(lambda: None)
+
+        def forward(self, x):
+            assert x.dtype == torch.float32
+            return x[..., :8]
+
+    torch.testing.assert_close(apply_linear(Adapter(), x.bfloat16(), "relu"), x.bfloat16().float()[..., :8].relu())
+
+
+# torch deprecates its tracer, which its own function transforms use too.
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_a_trace_holds_for_other_numbers_of_rows():
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda t: in_chunks(torch.neg, t), torch.ones(5000, 2), check_trace=False)
+        assert torch.equal(traced(torch.ones(9000, 2)), -torch.ones(9000, 2))
+
+
 def test_bfloat16_and_autocast_compute_as_torch_does():
     x, weight, bias = inputs(500, 64, 20)
     with torch.autocast("cpu", torch.bfloat16):

@@ -62,6 +62,22 @@ def test_cctm_without_gradients_is_cctm_with_them(lengths):
         torch.testing.assert_close(fast, slow.detach(), rtol=1e-5, atol=1e-5)
 
 
+# torch deprecates its tracer, which its own function transforms use too.
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_cctm_of_no_images_of_half_precision_and_traced():
+    torch.manual_seed(1)
+    module = CrossCodingTwice(16, 24)
+    backbone, encoder = torch.randn(2, 2, 300, 16)
+    with torch.no_grad():
+        assert module(backbone[:0], encoder[:0]).shape == (0, 300, 16)
+        traced = torch.jit.trace(module, (backbone[:1], encoder[:1]), check_trace=False)
+        torch.testing.assert_close(traced(backbone, encoder), module(backbone, encoder), rtol=1e-5, atol=1e-5)
+        exact = module(backbone, encoder)
+        low = module.bfloat16()(backbone.bfloat16(), encoder.bfloat16())
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), exact, rtol=0.05, atol=0.05)  # 8 bits through a dozen operations
+
+
 def test_an_encoder_layer_in_chunks_is_the_layer(monkeypatch):
     torch.manual_seed(2)
     layer = EncoderLayer(32, 40, 2, 4, 2)

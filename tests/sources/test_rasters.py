@@ -473,6 +473,10 @@ def test_larger_than_pillow_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             picture = opened(path)
             assert isinstance(picture, RasterPicture) and picture.hw == (90, 60)
             assert (by_tiles(picture) == 77).all()
+    # TIFFs of which training reads parts have a size, but are not to be read whole either.
+    path = write(tmp_path / "tiled.tif", texture(), tiled=True, blockxsize=16, blockysize=16, compress="deflate")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert isinstance(opened(path, ReadOptions(windowed_px=10**9)), RasterPicture)
 
 
 def test_the_libraries_for_rasters_and_videos_are_loaded_where_they_are_used() -> None:

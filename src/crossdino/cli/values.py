@@ -61,7 +61,12 @@ def tile_size(text: str) -> int | Literal["auto"]:
 
 def batch_size(text: str) -> int | Literal["auto"]:
     """A whole number of 1 or more, or `auto`."""
-    return "auto" if text == "auto" else positive(text)
+    if text == "auto":
+        return "auto"
+    try:
+        return positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or auto") from None
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16")

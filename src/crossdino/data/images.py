@@ -20,7 +20,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from crossdino.data.tiff_parts import TiffParts
+from crossdino.data.tiff_parts import (
+    BITS,
+    COMPRESSION,
+    PLANAR,
+    RAW,
+    SEPARATE,
+    SPARSE,
+    STRIP_OFFSETS,
+    TILE_OFFSETS,
+    TiffParts,
+)
 from crossdino.errors import InputError
 
 ORIENTATION_TAG = 0x0112
@@ -147,7 +157,7 @@ def read_sizes(path: Path, decode: bool = False) -> tuple[tuple[int, int], tuple
             turned = _orientation(image, path, decoded=decode) in EXCHANGING
     except ImageError as error:
         parts = TiffParts.of(path) if error.what == TOO_LARGE else None
-        if parts is None or not fits_whole(parts.part_hw):
+        if parts is None or not (parts.cuttable or fits_whole(parts.part_hw)):
             raise
         height, width = parts.hw
         turned = parts.orientation in EXCHANGING
@@ -232,17 +242,21 @@ def decode_part(parts: TiffParts, rows: range, columns: range) -> StoredPixels:
         raise _broken(parts.path, error) from None
 
 
-def bands(parts: TiffParts) -> Iterator[range]:
-    """The rows of an image in bands of whole tiles or strips that are decoded at once."""
-    height, width = parts.hw
-    step = max(1, BAND_PX // (width * parts.part_hw[0])) * parts.part_hw[0]
-    for top in range(0, height, step):
-        yield range(top, min(top + step, height))
+def bands(parts: TiffParts) -> Iterator[tuple[range, range]]:
+    """The rows and columns of all of an image, in windows of whole tiles or strips that are decoded at once."""
+    (height, width), (down, across) = parts.hw, (1, parts.hw[1]) if parts.cuttable else parts.part_hw
+    across *= max(1, BAND_PX // (down * across))
+    down *= max(1, BAND_PX // (down * min(across, width)))
+    for top in range(0, height, down):
+        for left in range(0, width, across):
+            yield range(top, min(top + down, height)), range(left, min(left + across, width))
 
 
 def _check_parts(parts: TiffParts, decode: bool) -> None:
     """Refuse a file that cannot be decoded part by part; its pixels are looked at only where `decode` says so."""
     try:
+        if parts.is_sparse:
+            raise OSError(SPARSE)
         _opened_part(parts.header(), parts.path)
     except ImageError:
         raise
@@ -250,8 +264,8 @@ def _check_parts(parts: TiffParts, decode: bool) -> None:
         raise _broken(parts.path, error) from None
     if decode:
         largest, last = 0, None
-        for rows in bands(parts):
-            last = decode_part(parts, rows, range(parts.hw[1]))
+        for rows, columns in bands(parts):
+            last = decode_part(parts, rows, columns)
             largest = max(largest, last.largest)
         if last is not None:
             last.to_rgb(largest, parts.path)  # refuses a range that is not known
@@ -288,7 +302,19 @@ def _has_late_data(path: Path) -> bool:
 
 
 def _check_mode(image: ImageFile.ImageFile, path: Path) -> None:
-    """Refuse pixels of which nobody says what is black and what is white."""
+    """Refuse pixels of which nobody says what is black and what is white, and those that Pillow takes for others."""
+    if isinstance(image, TiffImageFile):
+        tags = image.tag_v2
+        if 0 in tags.get(TILE_OFFSETS, ()) or 0 in tags.get(STRIP_OFFSETS, ()):
+            raise _broken(path, OSError(SPARSE))  # unpacked ones would show the file's head as pixels
+        planes = tags.get(PLANAR, 1) == SEPARATE and len(tags.get(BITS, ())) > 1
+        if planes and tags.get(COMPRESSION, RAW) == RAW and max(tags[BITS]) > 8:
+            # Pillow reads every byte as a pixel, says nothing, and shows noise.
+            message = (
+                f"image {path} holds its 16-bit bands unpacked one behind the other, which cannot be read; write it "
+                "with gdal_translate -co INTERLEAVE=PIXEL"
+            )
+            raise ImageError(message, UNKNOWN_RANGE, "16-bit bands one behind the other")
     if image.mode == "F" or (image.mode == "I" and not _has_16_bits(image)):
         message = f"image {path} has 32-bit pixels without a known range; convert it to 8 or 16 bits per channel"
         raise ImageError(message, UNKNOWN_RANGE, "32 bits")

@@ -50,6 +50,14 @@ UNPACKED_VARIABLE = "CROSSDINO_UNPACKED"
 _MIRRORED_ROWS, _MIRRORED_COLUMNS = (3, 4, 7, 8), (2, 3, 6, 7)
 
 
+class UnpackedError(InputError):
+    """The folder for unpacked images cannot be written to; one line also from a worker process, as `ImageError`."""
+
+    def __init__(self, message: str) -> None:
+        """Keep the message, without a worker's traceback before it."""
+        super().__init__(message.rsplit("UnpackedError: ", 1)[-1].rstrip())
+
+
 class ImageReader:
     """Reads images, and windows of them, of one list of records.
 
@@ -59,15 +67,17 @@ class ImageReader:
     def __init__(self, records: Sequence[ImageRecord]) -> None:
         """Remember the records; nothing is read yet."""
         self._records = records
-        self._unpacked = os.environ.get(UNPACKED_VARIABLE)
-        # The largest value of a TIFF of 16 bits that is read in parts; -1: not known. In shared memory.
-        self._largest = torch.full((len(records),), -1, dtype=torch.int64).share_memory_()
+        self._unpacked = os.environ.get(UNPACKED_VARIABLE) or None
+        # The largest value of a TIFF of 16 bits that is read in parts (-1: not known), and the state of the file that
+        # had it. In shared memory.
+        self._largest = torch.full((len(records), 2), -1, dtype=torch.int64).share_memory_()
+        self._states: dict[int, int] = {}
         self._decoded: OrderedDict[Any, tuple[Image.Image, int]] = OrderedDict()
         self._layouts: OrderedDict[int, TiffParts | None] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process gets: no pixels."""
-        return {**vars(self), "_decoded": OrderedDict(), "_layouts": OrderedDict()}
+        return {**vars(self), "_states": {}, "_decoded": OrderedDict(), "_layouts": OrderedDict()}
 
     def whole(self, number: int, shrink: int = 1) -> NDArray[np.uint8]:
         """A whole image, upright.
@@ -102,7 +112,7 @@ class ImageReader:
 
         Raises:
             ImageError: the file cannot be read, or is not the one that was indexed.
-            InputError: the folder for unpacked images cannot be written to.
+            UnpackedError: the folder for unpacked images cannot be written to.
         """
         record = self._records[number]
         height, width = min(tile.height, record.height - tile.top), min(tile.width, record.width - tile.left)
@@ -116,6 +126,7 @@ class ImageReader:
 
     def _window_inside(self, number: int, tile: Tile, neighbours: bool) -> NDArray[np.uint8]:
         record = self._records[number]
+        self._forget_what_was_replaced(number)
         cached = self._decoded.get(number)
         if cached is not None:
             self._decoded.move_to_end(number)
@@ -136,6 +147,19 @@ class ImageReader:
         rows, columns = stored_window(orientation, (record.height, record.width), tile)
         cut = image.crop((columns.start, rows.start, columns.stop, rows.stop))
         return np.array(cut.transpose(TURNS[orientation]) if orientation in TURNS else cut)
+
+    def _forget_what_was_replaced(self, number: int) -> None:
+        """Look whether a file is the one of which something is known: other pixels may lie elsewhere in it."""
+        try:
+            found = self._records[number].path.stat()
+        except OSError:
+            return  # whoever reads it says so
+        state = hash((found.st_size, found.st_mtime_ns, found.st_ino))  # of whole numbers: in all processes the same
+        if self._states.get(number) != state:
+            for key in [key for key in self._decoded if key == number or (isinstance(key, tuple) and key[0] == number)]:
+                del self._decoded[key]
+            self._layouts.pop(number, None)
+            self._states[number] = state
 
     # --- whole images ---
 
@@ -195,7 +219,7 @@ class ImageReader:
                 os.unlink(partial)
                 raise
         except OSError as error:
-            raise InputError(
+            raise UnpackedError(
                 f"cannot write to {folder}, the folder for unpacked images ({error.strerror or error}): make room, or "
                 f"set {UNPACKED_VARIABLE} to another folder, or to none"
             ) from None
@@ -212,6 +236,7 @@ class ImageReader:
                 self._layouts[number] = None  # decoding says what is wrong
             while len(self._layouts) > KEPT_LAYOUTS:
                 self._layouts.popitem(last=False)
+        self._layouts.move_to_end(number)
         return self._layouts[number]
 
     def _pays(self, parts: TiffParts, rows: range, columns: range, neighbours: bool) -> bool:
@@ -240,7 +265,8 @@ class ImageReader:
                 )
             stored = decode_part(parts, part_rows, part_columns)
             if stored.largest > TWELVE_BITS:
-                self._largest[number] = largest = stored.largest
+                largest = stored.largest
+                self._largest[number] = torch.tensor([largest, self._states[number]])
             elif stored.largest:
                 largest = self._largest_value(number, parts)
             image = stored.to_rgb(largest, path)
@@ -251,14 +277,16 @@ class ImageReader:
 
     def _largest_value(self, number: int, parts: TiffParts) -> int:
         """The largest value of a file of 16 bits; the search ends where it is clear that it needs more than 12."""
-        if self._largest[number] < 0:
-            largest = 0
-            for rows in bands(parts):
-                largest = max(largest, decode_part(parts, rows, range(parts.hw[1])).largest)
-                if largest > TWELVE_BITS:
-                    break
-            self._largest[number] = largest
-        return int(self._largest[number])
+        known, state = self._largest[number].tolist()
+        if known >= 0 and state == self._states[number]:
+            return known
+        largest = 0
+        for rows, columns in bands(parts):
+            largest = max(largest, decode_part(parts, rows, columns).largest)
+            if largest > TWELVE_BITS:
+                break
+        self._largest[number] = torch.tensor([largest, self._states[number]])
+        return largest
 
 
 def stored_window(orientation: int, hw: tuple[int, int], tile: Tile) -> tuple[range, range]:

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-HEADS = {b"II*\0": ("<", False), b"MM\0*": (">", False), b"II+\0": ("<", True), b"MM\0+": (">", True)}
+# Byte order, and whether it is a BigTIFF; of big-endian BigTIFF Pillow knows nothing.
+HEADS = {b"II*\0": ("<", False), b"MM\0*": (">", False), b"II+\0": ("<", True)}
 # Code of each type of values in numpy, by its number in the file; fractions are two numbers.
 TYPES = {1: "u1", 2: "u1", 3: "u2", 4: "u4", 5: "u8", 6: "u1", 7: "u1", 8: "u2", 9: "u4", 10: "u8", 11: "u4"}
 TYPES |= {12: "u8", 13: "u4", 16: "u8", 17: "u8", 18: "u8"}
@@ -36,6 +37,8 @@ KEPT += (334, 336, 338, 339, 340, 341, 347, 529, 530, 531, 532)
 # Packed tile by tile or strip by strip: none, fax (3), LZW, JPEG, deflate, bits, deflate, LZMA, ZSTD.
 COMPRESSIONS = (1, 2, 3, 4, 5, 7, 8, 32773, 32946, 34925, 50000)
 RAW, YCBCR, SEPARATE = 1, 6, 2
+
+SPARSE = "parts of it were never written: copy it with gdal_translate -co SPARSE_OK=FALSE"
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,11 @@ class TiffParts:
         except (struct.error, ValueError, KeyError, IndexError, OverflowError):
             return None  # whoever decodes the whole file says what is wrong with it
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether tiles or strips were never written (GDAL's `SPARSE_OK`)."""
+        return bool((self._offsets == 0).any())
+
     def bounds(self, rows: range, columns: range) -> tuple[range, range]:
         """The rows and columns, as stored, of the part that holds a window of the image."""
         if self.cuttable:
@@ -109,6 +117,8 @@ class TiffParts:
             for row in range(rows.start // self.part_hw[0], math.ceil(rows.stop / self.part_hw[0]))
             for column in range(columns.start // self.part_hw[1], math.ceil(columns.stop / self.part_hw[1]))
         ]
+        if not self._offsets[wanted].all():
+            raise OSError(SPARSE)
         return [_read(file, int(self._sizes[number]), int(self._offsets[number])) for number in wanted]
 
     def _cut(self, file: int, rows: range, columns: range) -> list[bytes]:
@@ -124,6 +134,8 @@ class TiffParts:
                 strip = first // height
                 # Rows in full width lie one behind the other.
                 last = min(rows.stop, (strip + 1) * height) if num_bytes == stride else first + 1
+                if not self._offsets[plane * down + strip]:
+                    raise OSError(SPARSE)
                 offset = int(self._offsets[plane * down + strip]) + (first - strip * height) * stride + start
                 pieces.append(_read(file, (last - first - 1) * stride + num_bytes, offset))
                 first = last

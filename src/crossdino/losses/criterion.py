@@ -51,7 +51,7 @@ class Criterion(nn.Module):
         normaliser = torch.as_tensor(num_boxes, dtype=torch.float32, device=output.pred_logits.device)
         decoder = [*output.aux_outputs, LayerOutput(output.pred_logits, output.pred_boxes)]
         encoder = [] if output.encoder_output is None else [output.encoder_output]
-        noisy = [] if output.denoising is None else output.denoising.layers
+        noisy = [] if output.denoising is None else _without_empty_slots(output.denoising)
         # All places side by side, so that what follows is done once: P predictions an image.
         places = [*decoder, *encoder, *noisy]
         pred_logits = torch.cat([place.pred_logits for place in places], dim=1)
@@ -104,7 +104,13 @@ class Criterion(nn.Module):
             gamma=self.loss.gamma,
             beta=self.loss.beta if boost else 1.0,
         )
-        return classification.view_as(l1), l1, giou
+        return classification.view_as(l1).float(), l1, giou
+
+
+def _without_empty_slots(denoising: DenoisingOutput) -> list[LayerOutput]:
+    """The denoising layers with logits of 0 in empty slots: a weight of 0 would leave a NaN there what it is."""
+    filled = (denoising.objects >= 0)[..., None]
+    return [LayerOutput(layer.pred_logits.where(filled, 0.0), layer.pred_boxes) for layer in denoising.layers]
 
 
 def _assigned(

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from crossdino.config import Fusion
 from crossdino.errors import InputError
-from crossdino.models.dense import apply_linear, in_chunks, linear
+from crossdino.models.dense import apply_linear, in_chunks, is_eager, is_plain, linear
 
 # Where gates begin that shall let the encoder's output through: sigmoid(8) = 0.9997. Much more would leave them without
 # a gradient, much less would let too much of the backbone features in.
@@ -70,7 +70,8 @@ class _Reweight(nn.Module):
         self.linear2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        as_built = is_plain(self.linear2) and is_plain(self.grn, GlobalResponseNorm)
+        if torch.is_grad_enabled() or not (as_built and is_eager(x)) or len(x) == 0:
             return self.linear2(self.grn(F.gelu(self.linear1(x)), padding_mask)).sigmoid()
         masks = [None] * len(x) if padding_mask is None else padding_mask
         return torch.stack([self._reweigh_image(image, mask) for image, mask in zip(x, masks, strict=True)])
@@ -88,7 +89,7 @@ class _Reweight(nn.Module):
 
         hidden = in_chunks(hide, x) if padding_mask is None else in_chunks(hide, x, padding_mask[:, None])
         assert isinstance(energy, Tensor)
-        weight = self.linear2.weight * self.grn.gain(energy)
+        weight = self.linear2.weight * self.grn.gain(energy).to(self.linear2.weight.dtype)
         bias = self.linear2.bias + self.linear2.weight @ self.grn.beta
         return in_chunks(lambda tokens: linear(tokens, weight, bias).sigmoid_(), hidden)
 

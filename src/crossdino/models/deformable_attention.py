@@ -186,11 +186,16 @@ class MultiScaleDeformableAttention(nn.Module):
         self, query: Tensor, reference_points: Tensor, projected: Tensor, spatial_shapes: Sequence[tuple[int, int]]
     ) -> Tensor:
         """The attention to tokens that are projected already; see `forward`."""
-        # One product for both; their parameters are separate for the checkpoints.
-        weight = torch.cat((self.sampling_offsets.weight, self.attention_weights.weight))
-        bias = torch.cat((self.sampling_offsets.bias, self.attention_weights.bias))
         # bfloat16's 8 bits would move a point that lies 4 pixels off by up to 0.016.
         with dense.float32_where(dense.in_float32(query), query):
-            projections = dense.linear(query, weight, bias)
+            projections = self._projections(query)
         attended = projected_attention(projected, spatial_shapes, reference_points, projections)
         return dense.apply_linear(self.output_proj, attended)
+
+    def _projections(self, query: Tensor) -> Tensor:
+        layers = (self.sampling_offsets, self.attention_weights)
+        if not all(dense.is_plain(layer) for layer in layers):
+            return torch.cat([dense.apply_linear(layer, query) for layer in layers], dim=-1)
+        # One product for both; their parameters are separate for the checkpoints.
+        weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+        return dense.linear(query, weight, bias)

@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.flop_counter import register_flop_formula
 
 Activation = Literal["none", "relu"]
@@ -49,7 +51,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
             bias = None if bias is None else bias.to(dtype)
     elif x.dtype in (torch.bfloat16, torch.float16):
         x = x.to(weight.dtype)  # values that stayed in autocast's dtype, read where it is off
-    if not _suits_onednn(x, weight):
+    if not _suits_onednn(x, weight, bias):
         result = F.linear(x, weight, bias)
         return F.relu(result) if activation == "relu" else result
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
@@ -57,12 +59,35 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
         rows = x.reshape(-1, x.shape[-1])
         flat: Tensor = _OneDNNLinear.apply(rows, weight, bias, activation)  # type: ignore[assignment]
         return flat.view(*x.shape[:-1], -1)
-    return _ONEDNN(x, weight, bias, activation, [], "")
+    return _product(x, weight, bias, activation)
 
 
 def apply_linear(layer: nn.Linear, x: Tensor, activation: Activation = "none") -> Tensor:
-    """`linear` with the weights of a layer."""
-    return linear(x, layer.weight, layer.bias, activation)
+    """`linear` with the weights of a layer; what was put in a layer's place, or hooked to it, is called itself."""
+    if is_plain(layer):
+        return linear(x, layer.weight, layer.bias, activation)
+    if x.dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(getattr(layer.weight, "dtype", torch.float32))  # as in `linear`; quantised layers take float32
+    result = layer(x)
+    return F.relu(result) if activation == "relu" else result
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a module is of that very class and nothing watches its calls, so that its weights say all it does.
+
+    Adapters and quantisation put classes of their own in a layer's place; hooks want to see the call.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks) and not _has_any_global_hook()
+
+
+def is_eager(x: Tensor) -> bool:
+    """Whether x is an ordinary tensor, and nothing traces, compiles or transforms what is done with it."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return type(x) in (Tensor, nn.Parameter)
 
 
 def in_float32(tokens: Tensor) -> bool:
@@ -92,8 +117,10 @@ def in_chunks(function: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
         tokens: (..., L, C) tensors of the same leading dimensions.
     """
     first = tokens[0]
-    rows = first.shape[:-1].numel() if not torch.compiler.is_compiling() else 0
-    if first.device.type != "cpu" or rows <= _CHUNK_ROWS or torch.is_grad_enabled() or type(first) is not Tensor:
+    if first.device.type != "cpu" or torch.is_grad_enabled() or not is_eager(first):
+        return function(*tokens)
+    rows = first.shape[:-1].numel()
+    if rows <= _CHUNK_ROWS:
         return function(*tokens)
     flat = [part.reshape(rows, part.shape[-1]) for part in tokens]
     output = None
@@ -106,17 +133,26 @@ def in_chunks(function: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
     return output.view(*first.shape[:-1], -1)
 
 
-def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product can and should go to oneDNN."""
-    if _ONEDNN is None or torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the product can and should go to oneDNN; what does not fit is left to torch to refuse."""
+    if _ONEDNN is None or x.device.type != "cpu" or not is_eager(x) or type(weight) not in (Tensor, nn.Parameter):
         return False
-    if type(x) is not Tensor or type(weight) not in (Tensor, nn.Parameter):  # tracing, sharding, functorch
+    if x.dtype not in (torch.float32, torch.bfloat16) or x.shape[-1] == 0 or not torch.backends.mkldnn.enabled:
         return False
-    if x.device.type != "cpu" or x.dtype != weight.dtype or x.shape[-1] != weight.shape[-1]:
+    if any(other is not None and (other.dtype, other.device) != (x.dtype, x.device) for other in (weight, bias)):
         return False
-    if x.dtype not in (torch.float32, torch.bfloat16):
+    if x.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
         return False
-    return x.shape[-1] > 0 and x.numel() // x.shape[-1] >= _FEWEST_ROWS and bool(torch.backends.mkldnn.enabled)
+    return x.numel() // x.shape[-1] >= _FEWEST_ROWS
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+    """The product by oneDNN, which would read a bias with gaps as if it had none, and whose ReLU makes NaN zero."""
+    bias = None if bias is None else bias.contiguous()
+    # A sum of finite numbers that is finite has no NaN; reading them costs a hundredth of the product.
+    if activation == "relu" and not all(t is None or t.sum().isfinite() for t in (x, weight, bias)):
+        return torch.relu_(_ONEDNN(x, weight, bias, "none", [], ""))
+    return _ONEDNN(x, weight, bias, activation, [], "")
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -124,12 +160,11 @@ class _OneDNNLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
-        output = _ONEDNN(x, weight, bias, activation, [], "")
+        output = _product(x, weight, bias, activation)
         ctx.save_for_backward(x, weight, output if activation == "relu" else None)
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
@@ -137,7 +172,11 @@ class _OneDNNLinear(torch.autograd.Function):
         if output is not None:
             grad = torch.ops.aten.threshold_backward(grad, output, 0)
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        grad_x = _ONEDNN(grad, weight.t().contiguous(), None, "none", [], "") if needs_x else None
+        grad_x = None
+        if needs_x:
+            # With gradients on, this pass is to be differentiated itself.
+            product = _OneDNNLinear.apply if torch.is_grad_enabled() else _product
+            grad_x: Any = product(grad, weight.t().contiguous(), None, "none")
         # MKL is the faster one here: the long dimension is the one that is summed over.
         grad_weight = grad.t() @ x if needs_weight else None
         return grad_x, grad_weight, grad.sum(0) if needs_bias else None, None

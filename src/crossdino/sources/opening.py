@@ -90,7 +90,7 @@ def open_image(source: Source, options: ReadOptions = ReadOptions()) -> Picture:
     require_readable(options)
     hw, problem = _look(source.path)
     chosen = options.bands is not None or options.value_range is not None
-    needed = chosen or problem is not None or hw[0] * hw[1] > options.windowed_px
+    needed = chosen or problem is not None or hw[0] * hw[1] > options.windowed_px or not fits_whole(hw)
     if not needed and not _may_have_coordinates(source.path):
         return WholeImage(source, hw)
     if importlib.util.find_spec("rasterio") is None:

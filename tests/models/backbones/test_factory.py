@@ -233,3 +233,16 @@ def test_swin_shifts_its_windows_in_every_second_block_of_every_stage():
     body = build_backbone(ModelConfig(backbone="swin_t")).body
     shifts = [tuple(module.shift_size) for module in body.modules() if hasattr(module, "shift_size")]
     assert shifts == [(0, 0), (3, 3)] * 6
+
+
+def test_thin_strided_convolutions_are_not_trained_with_the_channels_last():
+    # In torch 2.15 this backward pass with the channels last overwrites foreign memory.
+    conv = nn.Conv2d(3, 48, 1, stride=2)
+    formats = []
+    conv.register_forward_pre_hook(lambda _, given: formats.append(given[0].is_contiguous()))
+    backbone = factory.Backbone(nn.Sequential(conv), (48,))
+    images = torch.randn(1, 3, 96, 160).contiguous(memory_format=torch.channels_last)
+    backbone(images)[0].sum().backward()
+    with torch.no_grad():
+        backbone(images)
+    assert formats == [True, False]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import timm
@@ -12,7 +13,7 @@ from torch import nn
 
 from crossdino.config import ModelConfig
 from crossdino.models.backbones import build_backbone
-from crossdino.models.backbones.folding import fold_batch_norms, norm_as_affine
+from crossdino.models.backbones.folding import fold_batch_norms, fold_norm, norm_as_affine
 
 
 def with_random_statistics(body, seed=0):
@@ -79,7 +80,7 @@ def test_only_what_nothing_else_reads_is_folded():
     plain = with_random_statistics(Forks()).eval()
     folded = copy.deepcopy(plain).train()
     assert fold_batch_norms(folded) == 1
-    assert folded.training and folded.alone.norm_behind == (folded.norms[4],)
+    assert folded.training and folded.alone.pair == (folded, "alone", folded.norms, "4")
     images = torch.randn(1, 3, 9, 8)
     # float32: one sum of 27 products in another order.
     torch.testing.assert_close(folded.eval()(images), plain(images), rtol=1e-5, atol=1e-5)
@@ -107,6 +108,48 @@ def test_new_values_count_at_once_and_copies_are_independent():
         for own, expected in zip(twin(images), plain(images), strict=True):
             torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)  # float32 through 20 layers
         assert all(torch.equal(a, b) for a, b in zip(folded(images), before, strict=True))
+
+
+def test_where_one_half_of_a_pair_is_replaced_both_do_their_own_part():
+    torch.manual_seed(0)
+    plain = with_random_statistics(Forks()).eval()
+    folded = copy.deepcopy(plain)
+    fold_batch_norms(folded)
+    images = torch.randn(1, 3, 9, 8)
+
+    def replace(body, what):
+        if what == "norms":  # as for training on several devices
+            body = nn.SyncBatchNorm.convert_sync_batchnorm(body)
+        elif what == "conv":
+            body.alone = nn.Conv2d(3, 3, 1)
+            nn.init.eye_(body.alone.weight[:, :, 0, 0])
+        elif what == "wrapped":
+            body.alone = nn.Sequential(body.alone)
+        elif what == "pickled":
+            body = pickle.loads(pickle.dumps(body))
+        return body.eval()
+
+    with torch.no_grad():
+        for what in ("norms", "conv", "wrapped", "pickled"):
+            torch.manual_seed(1)
+            expected = replace(copy.deepcopy(plain), what)(images)
+            torch.manual_seed(1)
+            found = replace(copy.deepcopy(folded), what)(images)
+            # float32: one sum of 27 products in another order.
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=lambda text, what=what: what + text)
+
+
+def test_half_precision_weights_are_folded_in_float32():
+    conv, norm = nn.Conv2d(4, 64, 1), nn.BatchNorm2d(64).eval()
+    generator = torch.Generator().manual_seed(0)
+    norm.running_var.copy_(torch.rand(64, generator=generator) + 0.01)
+    for module in (conv, norm):
+        module.bfloat16()
+    weight, bias = fold_norm(conv.weight, conv.bias, norm)
+    assert weight.dtype == bias.dtype == torch.bfloat16
+    exact, _ = fold_norm(conv.weight.double(), None, norm.double())
+    # One rounding to 8 bits.
+    torch.testing.assert_close(weight.double(), exact, rtol=2**-8, atol=0)
 
 
 def test_a_norm_without_scale_and_bias():

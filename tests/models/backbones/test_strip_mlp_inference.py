@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from crossdino.models.backbones import StripMLPBackbone, StripMLPClassifier, strip_mlp_inference
@@ -112,7 +113,16 @@ def test_it_is_used_where_it_may_be_and_nowhere_else(model, monkeypatch):
             assert blocks_processed(classifier) == 0
         with FlopCounterMode(display=False):
             assert blocks_processed(classifier) == 0
-        classifier.backbone.stages[0][0].token_mixing.project_norm.train()
+        first = classifier.backbone.stages[0][0]
+        seen = []
+        handle = first.channel_mixing.expand.register_forward_hook(lambda *_: seen.append(1))
+        assert (blocks_processed(classifier), len(seen)) == (3, 1)  # a hook sees the call
+        handle.remove()
+        own = first.channel_mixing.expand
+        first.channel_mixing.expand = nn.Sequential(own)  # what adapters and quantisation do
+        assert blocks_processed(classifier) == 3
+        first.channel_mixing.expand = own
+        first.token_mixing.project_norm.train()
         assert blocks_processed(classifier) == 3
         assert blocks_processed(classifier.train()) == 0  # batch statistics, random paths
         assert blocks_processed(classifier.eval().to("meta"), images.to("meta")) == 0

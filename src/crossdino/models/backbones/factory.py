@@ -95,6 +95,14 @@ class Backbone(nn.Module):
         self.std = _three_floats(std)
         self.channels_last_maps = channels_last_maps
         self.has_depthwise = any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 for m in body.modules())
+        # oneDNN 3.13 writes beyond its memory in the backward pass of these, with the channels last.
+        self.has_thin_strides = any(
+            isinstance(m, nn.Conv2d)
+            and m.kernel_size == (1, 1)
+            and m.stride != (1, 1)
+            and m.in_channels < 16 * m.groups
+            for m in body.modules()
+        )
         self.map_norms = nn.ModuleList(nn.LayerNorm(width) for width in self.channels) if normalize_maps else None
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -106,7 +114,9 @@ class Backbone(nn.Module):
         Returns:
             Maps (N, channels[i], ceil(H / strides[i]), ceil(W / strides[i])), in any memory format.
         """
-        if _prefers_channels_last(images):
+        if self.has_thin_strides and images.device.type == "cpu" and torch.is_grad_enabled():
+            images = images.contiguous()
+        elif _prefers_channels_last(images):
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, enabled=False) if self._in_float32(images) else nullcontext():
             maps = list(self.body(images))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers.conv2d_same import Conv2dSame, conv2d_same
@@ -33,7 +33,9 @@ def norm_as_affine(norm: Any) -> tuple[Tensor, Tensor]:
     Returns:
         scale and shift, (channels,) each; differentiable in the normalisation's own scale and bias.
     """
-    scale = (norm.running_var + norm.eps).rsqrt()
+    # In half precision a variance of 1e-5 would lose half of its digits, and its root a third.
+    variance = norm.running_var.to(torch.promote_types(norm.running_var.dtype, torch.float32))
+    scale = (variance + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = norm.weight * scale
     shift = -norm.running_mean * scale
@@ -49,35 +51,58 @@ def fold_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Ten
         norm: see `norm_as_affine`.
 
     Returns:
-        The weight and bias.
+        The weight and bias, in the dtype of `weight`.
     """
     scale, shift = norm_as_affine(norm)
     folded = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
-    return folded, shift if bias is None else torch.addcmul(shift, bias, scale)
+    if bias is not None:
+        shift = bias * scale + shift
+    return folded.to(weight.dtype), shift.to(weight.dtype)
 
 
-# A folded pair keeps its modules, parameters and names; only the classes change. Both halves ask the normalisation
-# whether it is in training: it is normalised as always then.
+# A folded pair keeps its modules, parameters and names; only the classes change. Both halves ask the same question, so
+# that they agree: a normalisation in training normalises by its batch, and where one half has been replaced (by a
+# convolution of other channels, SyncBatchNorm, an adapter, a sharded wrapper) the other does what its class always did.
+
+
+class _Pair(NamedTuple):
+    """Where a convolution and the normalisation behind it stand in the network."""
+
+    conv_parent: nn.Module
+    conv_name: str
+    norm_parent: nn.Module
+    norm_name: str
+
+
+def _folded_norm(asking: Any) -> nn.Module | None:
+    """The normalisation that the convolution computes too; None where each of the two does its own part."""
+    pair: _Pair = asking.pair
+    conv: Any = getattr(pair.conv_parent, pair.conv_name, None)
+    norm: Any = getattr(pair.norm_parent, pair.norm_name, None)
+    if type(conv) not in _FOLDED_CONVS.values() or type(norm) not in _FOLDED_NORMS.values():
+        return None
+    if asking is not conv and asking is not norm:  # a copy that shares what it refers to (data parallelism)
+        return None
+    return None if norm.training and isinstance(norm, nn.BatchNorm2d) else norm
 
 
 class _FoldedConv2d(nn.Conv2d):
-    # In a tuple, so that the normalisation is not registered a second time.
-    norm_behind: tuple[nn.Module]
+    pair: _Pair
 
     def forward(self, input: Tensor) -> Tensor:
-        norm = self.norm_behind[0]
-        if _normalises(norm):
+        norm = _folded_norm(self)
+        if norm is None:
             return super().forward(input)
         weight, bias = fold_norm(self.weight, self.bias, norm)
         return self._conv_forward(input, weight, bias)
 
 
 class _FoldedConv2dSame(Conv2dSame):
-    norm_behind: tuple[nn.Module]
+    pair: _Pair
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = self.norm_behind[0]
-        if _normalises(norm):
+        norm = _folded_norm(self)
+        if norm is None:
             return super().forward(x)
         own: Any = self  # timm's class hides the types of its attributes
         weight, bias = fold_norm(own.weight, own.bias, norm)
@@ -85,33 +110,35 @@ class _FoldedConv2dSame(Conv2dSame):
 
 
 class _FoldedBatchNorm2d(nn.BatchNorm2d):
+    pair: _Pair
+
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if self.training else input
+        return super().forward(input) if _folded_norm(self) is None else input
 
 
 class _FoldedBatchNormAct2d(BatchNormAct2d):
+    pair: _Pair
     drop: nn.Module
     act: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.training else self.act(self.drop(x))
+        return super().forward(x) if _folded_norm(self) is None else self.act(self.drop(x))
 
 
 class _FoldedFrozenBatchNorm2d(FrozenBatchNorm2d):
+    pair: _Pair
+
     def forward(self, x: Tensor) -> Tensor:
-        return x
+        return super().forward(x) if _folded_norm(self) is None else x
 
 
 class _FoldedFrozenBatchNormAct2d(FrozenBatchNormAct2d):
+    pair: _Pair
     drop: nn.Module
     act: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(x))
-
-
-def _normalises(norm: nn.Module) -> bool:
-    return norm.training and isinstance(norm, nn.BatchNorm2d)
+        return super().forward(x) if _folded_norm(self) is None else self.act(self.drop(x))
 
 
 _FOLDED_CONVS: dict[type, type] = {nn.Conv2d: _FoldedConv2d, Conv2dSame: _FoldedConv2dSame}
@@ -138,8 +165,10 @@ def fold_batch_norms(body: nn.Module, image_hw: tuple[int, int] = (96, 160)) -> 
         How many pairs were found.
     """
     pairs = _pairs(body, image_hw)
+    places = {child: (parent, name) for parent in body.modules() for name, child in parent.named_children()}
     for conv, norm in pairs:
-        conv.norm_behind = (norm,)  # type: ignore[assignment]
+        # In a tuple, so that the modules are not registered a second time.
+        conv.pair = norm.pair = _Pair(*places[conv], *places[norm])  # type: ignore[assignment]
         conv.__class__ = _FOLDED_CONVS[type(conv)]
         norm.__class__ = _FOLDED_NORMS[type(norm)]
     return len(pairs)

@@ -22,10 +22,17 @@ from torch.nn import functional
 
 from crossdino.models.backbones.clap import WindowGrid
 from crossdino.models.backbones.folding import fold_norm
+from crossdino.models.dense import is_eager, is_plain
 
 if TYPE_CHECKING:
     from crossdino.models.backbones.strip_mlp import ChannelMixing, GroupStripMixing, LocalStripMixing, StripMLPBlock
 
+# Where the classes of a block's layers are from; adapters and quantisation put others in their place.
+_OWN_MODULES = (
+    "crossdino.models.backbones.strip_mlp",
+    "timm.layers.drop",
+    *(f"torch.nn.modules.{name}" for name in ("batchnorm", "conv", "linear", "normalization")),
+)
 # Rows whose squares are summed together: their sums stay in the cache.
 _ENERGY_ROWS = 1024
 
@@ -36,15 +43,16 @@ _ONEDNN: Any = (
 
 
 def suits(block: StripMLPBlock, x: Tensor) -> bool:
-    """Whether `process` may be used: no gradients, nothing that watches or records, all statistics fixed."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+    """Whether `process` may be used: no gradients, nothing that watches or records, all as built, fixed statistics."""
+    if torch.is_grad_enabled() or block.training or x.device.type != "cpu" or not is_eager(x):
         return False
-    if torch.is_grad_enabled() or block.training or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
+    if torch._C._len_torch_dispatch_stack() or _dtype(x) not in (torch.float64, torch.float32, torch.bfloat16):
         return False
     mixing = block.token_mixing
     if mixing.norm.training or mixing.project_norm.training or mixing.group_mixing.norm.training:
         return False
-    return _dtype(x) in (torch.float64, torch.float32, torch.bfloat16)
+    layers = (module for module in block.modules() if module is not block)
+    return all(is_plain(layer, type(layer)) and type(layer).__module__ in _OWN_MODULES for layer in layers)
 
 
 def process(block: StripMLPBlock, x: Tensor, grid: WindowGrid) -> Tensor:
