@@ -124,3 +124,8 @@ def test_processes_may_build_at_the_same_time(fresh_kernel: Path) -> None:
     processes = [subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(2)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert len({path.stem.rpartition("_")[0] for path in builds(fresh_kernel)}) == 1
+
+
+def test_tensors_of_several_devices_are_not_for_the_kernel():
+    value = torch.zeros(1, 4, 1, 8)
+    assert deformable_cpu.kernel_for(value, torch.zeros(1, device="meta")) is None

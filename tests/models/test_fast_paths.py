@@ -92,6 +92,15 @@ def test_an_encoder_layer_in_chunks_is_the_layer(monkeypatch):
         torch.testing.assert_close(layer(*arguments), slow, rtol=1e-5, atol=1e-5)
 
 
+def test_tokens_that_are_no_proposals_do_not_show_what_they_hold():
+    model = detector()
+    memory, invalid = torch.randn(1, 6, 64), torch.tensor([[True, False, False, True, False, False]])
+    found = model._propose(memory, invalid[..., None])
+    layers = torch.nn.Sequential(model.enc_output, model.enc_output_norm)
+    torch.testing.assert_close(found[0, 1], layers(memory[0, 1]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0, 3], layers(torch.zeros(64)), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_nothing_is_fetched_from_the_device_in_a_pass(training):
     # Tensors without values cannot be copied to the host: any such copy in the pass would raise.

@@ -110,7 +110,7 @@ def _build(compiler: str, flags: Sequence[str], cache: Path, name: str) -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         built = Path(folder) / f"{name}.so"
         command = [compiler, str(_KERNEL_SOURCE), *flags, "-o", str(built)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300, check=False)
         if result.returncode != 0:
             raise OSError(f"{compiler}: {result.stderr.strip().splitlines()[:1]}")
         library = cache / f"{name}_{_checksum(built)}.so"
@@ -160,7 +160,8 @@ def kernel_for(value: Tensor, *others: Tensor) -> ctypes.CDLL | None:
     """The kernel, where it can take these tensors."""
     if value.device.type != "cpu" or value.dtype not in (torch.float32, torch.bfloat16):
         return None
-    if any(other.dtype == torch.float64 for other in others):
+    # Elsewhere than on the CPU, the kernel would read the addresses of another memory: PyTorch has the clear error.
+    if any(other.dtype == torch.float64 or other.device.type != "cpu" for other in others):
         return None
     return cpu_kernel()
 

@@ -241,8 +241,8 @@ def test_thin_strided_convolutions_are_not_trained_with_the_channels_last():
     formats = []
     conv.register_forward_pre_hook(lambda _, given: formats.append(given[0].is_contiguous()))
     backbone = factory.Backbone(nn.Sequential(conv), (48,))
-    images = torch.randn(1, 3, 96, 160).contiguous(memory_format=torch.channels_last)
-    backbone(images)[0].sum().backward()
+    images = torch.randn(1, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    backbone(images)
     with torch.no_grad():
         backbone(images)
     assert formats == [True, False]
